@@ -1,0 +1,53 @@
+# One command each: `make demo` sets everything up and runs the four stages on the embedded model; `make test` tests it.
+PYTHON ?= python3        # the interpreter that makes the virtual environment (3.10 - 3.13)
+VENV ?= .venv
+DEMO_EPOCHS ?= 12        # passes over the 60 demo utterances, each variant
+DEMO_WAVS ?= 4           # test utterances decoded to sound, each variant
+
+PYTHON := $(strip $(PYTHON))
+VENV := $(strip $(VENV))
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup demo test lint format check clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## create .venv and install what the scripts need (about 2 minutes, 5.4 GB)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and f"Python 3.10-3.13 is needed, {sys.version.split()[0]} was found: make PYTHON=python3.11 setup")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: setup  ## run all four stages on the embedded model and corpus (about 5 minutes on 2 cores)
+	$(RUN) setup_cosyvoice.py --model-dir CosyVoice-tiny --verify-only --deep-verify
+	$(RUN) utt2text_and_feature.py --jsonl json/train.jsonl
+	$(RUN) utt2text_and_feature.py --jsonl json/test.jsonl
+	PYTHON=$(RUN) bash s3.sh
+	$(RUN) model_code.py --variant text_only --run-name demo_text_only --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
+	$(RUN) model_code.py --variant simple --run-name demo --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
+	@echo "Look at loss_curve.png, exp/demo/figures/ and listen to exp/demo/wavs/"
+
+test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed-dev  ## check the code's rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.installed-dev  ## put the code in its format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+check: test lint  ## what the continuous integration runs, without the demo
+
+clean:  ## remove what the demo and the tests wrote (not the virtual environment, not downloaded models)
+	rm -rf exp loss_curve.png .pytest_cache .ruff_cache
+	find utt2_output s3_output -mindepth 1 ! -name .gitkeep -delete
