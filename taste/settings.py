@@ -1,0 +1,237 @@
+"""Turns the UPPER_CASE constants at the top of a script into its command line.
+
+    NUM_EPOCHS = 10  # passes over the training set
+
+becomes `--num-epochs` (or `--num_epochs`), an integer, with the comment as its help. The type is the default's:
+
+    True/False      --flag, --no-flag, --flag true|false
+    1, 0.5, "a"     --flag VALUE
+    (1, 2)          --flag 1,2        elements typed like the first one
+    None            --flag VALUE      text, or what the comment names first: `# int: at most so many`; `none` is None
+"""
+
+import argparse
+import ast
+import io
+import json
+import os
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from taste.atomic import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+CONSTANT_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+NAMED_TYPE = re.compile(r"(int|float|str):\s*")
+TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class Constant(NamedTuple):
+    """One setting, as the script spells it."""
+
+    name: str  # NUM_EPOCHS
+    default: Any
+    help: str
+
+
+class Settings:
+    """The values a run uses, read as attributes in lower case: `settings.num_epochs`."""
+
+    def __init__(self, constants: Sequence[Constant], values: Mapping[str, Any]) -> None:
+        self._constants = tuple(constants)
+        self._values = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise AttributeError(f"no setting {name!r}; there are: {', '.join(sorted(values))}")
+        return values[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its lower-case name, as JSON knows values (a path is text, a tuple is a list)."""
+        return {name: _as_json(value) for name, value in self._values.items()}
+
+    def describe(self) -> str:
+        """A table with one setting a line; a value that is not the script's own shows what that was."""
+        name_width = max((len(constant.name) for constant in self._constants), default=0)
+        lines = []
+        for constant in self._constants:
+            value = self._values[constant.name.lower()]
+            changed = "" if value == constant.default else f"   (the script says {constant.default!r})"
+            lines.append(f"  {constant.name.ljust(name_width)}  {value!r}{changed}")
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the settings as JSON, atomically.
+
+        Args:
+            path: the file to write; its folder is made if missing.
+        """
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_settings(script: str, constants: Mapping[str, Any], argv: Sequence[str] | None = None) -> Settings:
+    """Read a script's constants, let the command line override them, and return the values of this run.
+
+    Called at the start of `main()` as `parse_settings(__file__, globals(), argv)`.
+
+    Args:
+        script: path of the script; its docstring describes the command.
+        constants: the script's globals, where the defaults are looked up.
+        argv: command-line words without the program's name; None takes those of the process.
+
+    Returns:
+        the settings, one attribute a constant.
+
+    Raises:
+        SystemExit: code 2 for an unknown flag or a value of the wrong type, 0 after `--help`.
+        TypeError: a constant has a type that no flag can spell (a name with a leading underscore is left alone).
+    """
+    source = Path(script).read_text(encoding="utf-8")
+    found = find_constants(source, constants)
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name,
+        description=ast.get_docstring(ast.parse(source)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for constant in found:
+        _add_flag(parser, constant)
+    words = sys.argv[1:] if argv is None else argv
+    parsed = parser.parse_args([_dashed(word) for word in words])
+    return Settings(found, vars(parsed))
+
+
+def find_constants(source: str, values: Mapping[str, Any]) -> list[Constant]:
+    """The top-level UPPER_CASE assignments of a script, in its order, each with its trailing comment.
+
+    Args:
+        source: the script's text.
+        values: where each constant's value is looked up by name.
+
+    Returns:
+        the constants; the comment on the line where an assignment ends is its help.
+    """
+    comments = {
+        token.start[0]: token.string.lstrip("# ").rstrip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name) and CONSTANT_NAME.fullmatch(target.id):
+                found.append(Constant(target.id, values[target.id], comments.get(node.end_lineno or node.lineno, "")))
+    return found
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device a setting names.
+
+    Args:
+        name: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda`, or `cuda:1`.
+
+    Returns:
+        the device, known to exist.
+
+    Raises:
+        ValueError: it is not a device, or this machine has none such.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"DEVICE is {name!r}; expected auto, cpu, cuda, or cuda:<number>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"DEVICE is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "use --device auto or --device cpu"
+        )
+    return device
+
+
+def _add_flag(parser: argparse.ArgumentParser, constant: Constant) -> None:
+    flag = "--" + constant.name.lower().replace("_", "-")
+    default = constant.default
+    text = f"{constant.help} (default: {default})".replace("%", "%%")
+    common: dict[str, Any] = {"dest": constant.name.lower(), "default": default, "help": text}
+    if isinstance(default, bool):
+        parser.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="true|false", **common)
+        parser.add_argument(
+            flag.replace("--", "--no-", 1),
+            dest=common["dest"],
+            action="store_false",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
+        return
+    if default is None:
+        named = NAMED_TYPE.match(constant.help)
+        read = _or_none(TYPES[named.group(1)] if named else str)
+    elif isinstance(default, tuple):
+        read = _comma_list(type(default[0]) if default else str)
+    elif isinstance(default, (int, float, str)):
+        read = type(default)
+    elif isinstance(default, Path):
+        read = Path
+    else:
+        raise TypeError(
+            f"{constant.name} is a {type(default).__name__}, which no flag can spell; give it a leading underscore "
+            "or move it out of the script's settings"
+        )
+    parser.add_argument(flag, type=read, metavar="VALUE", **common)
+
+
+def _dashed(word: str) -> str:
+    """`--num_epochs=2` -> `--num-epochs=2`; values are left alone."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() not in WORDS:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return WORDS[word.lower()]
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def value(word: str) -> Any:
+        return None if word.lower() == "none" else read(word)
+
+    value.__name__ = getattr(read, "__name__", "value")  # argparse names the type in its message
+    return value
+
+
+def _comma_list(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def values(word: str) -> tuple[Any, ...]:
+        return tuple(read(part.strip()) for part in word.split(",") if part.strip())
+
+    values.__name__ = "comma list"
+    return values
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_as_json(part) for part in value]
+    return value
