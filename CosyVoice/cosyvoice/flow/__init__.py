@@ -1,0 +1,1 @@
+"""Flow matching: S3 tokens to a mel spectrogram."""

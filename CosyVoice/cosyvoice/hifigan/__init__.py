@@ -1,0 +1,1 @@
+"""Vocoder: a mel spectrogram to a waveform."""
