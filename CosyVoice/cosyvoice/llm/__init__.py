@@ -1,0 +1,1 @@
+"""The language model that writes S3 tokens from text."""

@@ -1,0 +1,1 @@
+"""Encoders with relative positions, shared by the language model and the flow."""

@@ -1,0 +1,1 @@
+"""Helpers that the models, the data preparation and the command line share."""
