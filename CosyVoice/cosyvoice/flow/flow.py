@@ -5,10 +5,9 @@ Axes: B batch  S S3 tokens, 50 Hz  F mel frames, 86.13 Hz  M mel bands, 80  D en
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from cosyvoice.flow.length_regulator import mel_frames_of_tokens
 from cosyvoice.utils.mask import make_pad_mask
 from cosyvoice.utils.precision import full_precision
-
-logger = logging.getLogger(__name__)
 
 EULER_STEPS = 10  # solver steps of the released models
 KNOWN_MEL_PROBABILITY = 0.5  # of a training row to see the beginning of its own mel, as a prompt would give it
@@ -59,7 +56,7 @@ class MaskedDiffWithXvec(nn.Module):
         input_size: int = 512,
         output_size: int = 80,
         spk_embed_dim: int = 192,
-        output_type: str = "mel",
+        output_type: Literal["mel"] = "mel",
         vocab_size: int = 4096,
         input_frame_rate: int = 50,
         only_mask_loss: bool = True,
@@ -74,12 +71,12 @@ class MaskedDiffWithXvec(nn.Module):
         if missing:
             raise ValueError(f"MaskedDiffWithXvec got no {', '.join(missing)}: name each in the configuration")
         self.input_size = input_size
-        self.output_size = output_size
-        self.decoder_conf = decoder_conf
         self.vocab_size = vocab_size
-        self.output_type = output_type
         self.input_frame_rate = input_frame_rate
+        self.output_size = output_size
+        self.output_type = output_type
         self.only_mask_loss = only_mask_loss
+        self.decoder_conf = decoder_conf
         self.input_embedding = nn.Embedding(vocab_size, input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
         self.encoder = encoder
@@ -116,9 +113,8 @@ class MaskedDiffWithXvec(nn.Module):
             known_mel[row, :known] = mel[row, :known]
 
         mask = (~make_pad_mask(mel_lengths, mel.size(1))).to(hidden.dtype).unsqueeze(1)
-        loss, _ = self.decoder.compute_loss(
-            mel.transpose(1, 2), mask, hidden.transpose(1, 2), speaker, cond=known_mel.transpose(1, 2)
-        )
+        target, hidden, known_mel = (_bands_first(frames) for frames in (mel, hidden, known_mel))
+        loss, _ = self.decoder.compute_loss(target, mask, hidden, speaker, cond=known_mel)
         return {"loss": loss}
 
     @torch.no_grad()
@@ -165,11 +161,11 @@ class MaskedDiffWithXvec(nn.Module):
         )
         known_mel = F.pad(prompt_feat.to(frames), (0, 0, 0, speech_frames))
         solved = self.decoder(
-            mu=frames.transpose(1, 2),
+            mu=_bands_first(frames),
             mask=frames.new_ones(1, 1, mel_length),
             n_timesteps=EULER_STEPS,
             spks=speaker,
-            cond=known_mel.transpose(1, 2),
+            cond=_bands_first(known_mel),
             prompt_len=prompt_frames,
             cache=flow_cache,
         )
@@ -186,3 +182,8 @@ class MaskedDiffWithXvec(nn.Module):
         embedded = self.input_embedding(token.clamp(min=0)) * valid.unsqueeze(-1)
         hidden, _ = self.encoder(embedded, lengths)
         return self.encoder_proj(hidden)
+
+
+def _bands_first(frames: Tensor) -> Tensor:
+    """Turn [B, F, M] into [B, M, F] in memory too: noise drawn in a tensor's likeness fills it in memory order."""
+    return frames.transpose(1, 2).contiguous()

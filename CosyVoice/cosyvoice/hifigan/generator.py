@@ -119,15 +119,17 @@ class HiFTGenerator(nn.Module):
     Source: FunAudioLLM/CosyVoice cosyvoice/hifigan/generator.py @ ace7c47.
     """
 
+    out_channels = 1  # of the waveform
+
     def __init__(
         self,
         in_channels: int = 80,
         base_channels: int = 512,
         nb_harmonics: int = 8,
-        sampling_rate: int = 22050,
+        sampling_rate: int = 22_050,
         nsf_alpha: float = 0.1,
         nsf_sigma: float = 0.003,
-        nsf_voiced_threshold: float = 10,
+        nsf_voiced_threshold: float = 10.0,
         upsample_rates: Sequence[int] = (8, 8),
         upsample_kernel_sizes: Sequence[int] = (16, 16),
         istft_params: Mapping[str, int] | None = None,
