@@ -1,0 +1,1 @@
+"""The published command line of CosyVoice: `CosyVoice(model_dir)` and its two halves."""

@@ -1,0 +1,68 @@
+"""Reads recordings and writes files without ever leaving half of one behind."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_SAMPLE_RATE_HZ = 16_000  # below this the S3 tokenizer and the speaker encoder lack half of their spectrum
+
+
+def load_wav(wav: str | Path, target_sr: int, min_sr: int = MIN_SAMPLE_RATE_HZ) -> Tensor:
+    """Read a recording as one channel at the wanted rate.
+
+    Args:
+        wav: a file soundfile can read (wav, flac, ogg, mp3).
+        target_sr: rate wanted, Hz.
+        min_sr: lowest rate accepted for a file that has to be resampled, Hz.
+
+    Returns:
+        The waveform, [1, N], float32 in -1..1; several channels are averaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no recording, holds no samples or broken ones, or its rate is below `min_sr`.
+
+    Source: FunAudioLLM/CosyVoice cosyvoice/utils/file_utils.py @ ace7c47, read with soundfile.
+    """
+    import soundfile
+    import torchaudio
+
+    if not Path(wav).is_file():
+        raise FileNotFoundError(f"there is no recording {wav}")
+    try:
+        samples, sample_rate_hz = soundfile.read(str(wav), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{wav} cannot be read as a recording: {error}") from error
+    waveform = torch.from_numpy(samples).mean(dim=1).unsqueeze(0)
+    if waveform.shape[1] == 0 or not torch.isfinite(waveform).all():
+        raise ValueError(f"{wav} holds {waveform.shape[1]} samples; wanted at least one, and all of them finite")
+    if sample_rate_hz == target_sr:
+        return waveform
+    if sample_rate_hz < min_sr:
+        raise ValueError(f"{wav} has {sample_rate_hz} Hz; prompts need at least {min_sr} Hz")
+    return torchaudio.functional.resample(waveform, sample_rate_hz, target_sr)
+
+
+def save_atomically(value: Any, path: str | Path) -> None:
+    """Write a value with `torch.save` so that readers see the old file or the new one, never a part.
+
+    Args:
+        value: tensors, in containers or bare.
+        path: file to write; its folder must exist.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0o600 would hide a shared model folder's file from other users
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
