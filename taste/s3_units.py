@@ -29,7 +29,7 @@ SAMPLE_RATE_HZ = 16_000
 HOP_SAMPLES = 160
 FRAMES_PER_UNIT = 2
 UNIT_RATE_HZ = SAMPLE_RATE_HZ / HOP_SAMPLES / FRAMES_PER_UNIT  # 50
-SHORTEST_SAMPLES = 201  # the mel's STFT mirrors 200 samples at either end
+SHORTEST_SAMPLES = HOP_SAMPLES  # one mel frame, one unit
 WINDOW_FRAMES = 3000  # 30 s, the model's positions
 OVERLAP_FRAMES = 400  # 4 s
 HEAD_WIDTH = 64  # channels of an attention head in every Whisper encoder, which the tokenizer is; no weight tells it
@@ -105,13 +105,11 @@ def read_recording(path: str | os.PathLike[str]) -> Tensor:
         waveform [N], float32, 16 kHz.
 
     Raises:
-        AudioError: as `taste.audio.read_audio`, or the recording is shorter than 201 samples (12.6 ms).
+        AudioError: as `taste.audio.read_audio`, or the recording is shorter than 160 samples (10 ms).
     """
     waveform = read_audio(path, SAMPLE_RATE_HZ).waveform
     if len(waveform) < SHORTEST_SAMPLES:
-        raise AudioError(
-            f"{path}: {len(waveform)} samples at 16 kHz are too short; expected {SHORTEST_SAMPLES} or more"
-        )
+        raise AudioError(f"{path}: {len(waveform)} samples at 16 kHz are too few; expected {SHORTEST_SAMPLES} or more")
     return waveform
 
 
@@ -127,17 +125,17 @@ class UnitExtractor(ABC):
         do not depend on what else is in the batch.
 
         Args:
-            waveforms: recordings [N], float32, 16 kHz, N >= 201.
+            waveforms: recordings [N], float32, 16 kHz, N >= 160.
 
         Returns:
             for each recording `count_units(N)` codes.
         """
-        from s3tokenizer import log_mel_spectrogram
+        from cosyvoice.utils.audio import whisper_log_mel
 
         pieces: list[Tensor] = []
         windows_of = []
         for waveform in waveforms:
-            mel = log_mel_spectrogram(waveform.to(self.device), n_mels=self.num_mels)  # [128, T]
+            mel = whisper_log_mel(waveform.to(self.device), self.num_mels)  # [128, T]
             windows = split_into_windows(mel.shape[1])
             windows_of.append(windows)
             pieces += [mel[:, window.first_frame : window.end_frame] for window in windows]

@@ -1,0 +1,291 @@
+"""Build a model folder in the released CosyVoice-300M layout from a seed, small or at full size, without training.
+
+    python CosyVoice/examples/tiny/make_model.py --size tiny --output CosyVoice-tiny      (10 seconds, 30 MB)
+    python CosyVoice/examples/tiny/make_model.py --size 300m --output /tmp/CosyVoice-300M (minutes, 5.5 GB)
+
+In: the demo corpus (`json/`), to which the audio encoders are scaled. Out: cosyvoice.yaml, llm.pt, flow.pt, hift.pt,
+campplus.onnx, speech_tokenizer_v1.onnx, spk2info.pt, whisper/ and a README.md that says what the folder is. The 300m
+folder has the published shapes and stands in for weights that cannot be had; it says nothing anyone could understand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import string
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+
+from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
+from s3tokenizer.model import ModelConfig  # noqa: E402
+from seeded_encoders import FITTED_CODES, WHISPER_STATE_SCALE, seed_convolutions, seed_s3_tokenizer  # noqa: E402
+from speaker_onnx import build_speaker_encoder  # noqa: E402
+
+from cosyvoice.utils.audio import speaker_fbank, whisper_log_mel  # noqa: E402
+from cosyvoice.utils.config import load_config  # noqa: E402
+from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
+from taste.audio import read_audio  # noqa: E402
+from taste.manifest import Utterance, read_manifest  # noqa: E402
+from taste.s3_units import HEAD_WIDTH  # noqa: E402
+
+YAML_TEMPLATE = Path(__file__).with_name("cosyvoice.yaml.in")
+README_TEMPLATE = Path(__file__).with_name("model_readme.md.in")
+PARTS = ("llm", "flow", "hift")
+SAMPLE_RATE_HZ = 16_000
+MEL_BINS = 128
+S3_CODES = 4096
+S3_POSITIONS = 1500  # 30 s
+OUTPUT_HEAD_STD = 0.02  # the language model starts near a uniform guess, ln 4097 = 8.32
+SPECIAL_TOKENS = 8  # the tiny Whisper's decoder is never used: its vocabulary is just large enough to be one
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of cosyvoice.yaml that differ between the sizes, and those of the encoders."""
+
+    text_tokens: int
+    text_width: int
+    llm_width: int
+    llm_heads: int
+    llm_units: int
+    text_blocks: int
+    llm_blocks: int
+    flow_width: int
+    flow_heads: int
+    flow_units: int
+    flow_blocks: int
+    unet_channels: tuple[int, int]
+    unet_blocks: int
+    unet_mid_blocks: int
+    unet_heads: int
+    unet_head_width: int
+    hift_channels: int
+    s3_width: int
+    s3_layers: int
+    whisper_width: int
+    whisper_heads: int
+    whisper_encoder_layers: int
+    whisper_decoder_layers: int
+    whisper_tokens: int
+    fitting_utterances: int  # of the demo corpus, to which the encoders are scaled
+    half_on_disk: bool  # .pt files in float16
+
+
+TINY = ModelSize(
+    text_tokens=51_866,
+    text_width=64,
+    llm_width=128,
+    llm_heads=4,
+    llm_units=512,
+    text_blocks=2,
+    llm_blocks=4,
+    flow_width=128,
+    flow_heads=4,
+    flow_units=512,
+    flow_blocks=2,
+    unet_channels=(64, 64),
+    unet_blocks=1,
+    unet_mid_blocks=2,
+    unet_heads=2,
+    unet_head_width=32,
+    hift_channels=64,
+    s3_width=128,
+    s3_layers=3,
+    whisper_width=128,
+    whisper_heads=4,
+    whisper_encoder_layers=8,
+    whisper_decoder_layers=1,
+    whisper_tokens=SPECIAL_TOKENS,
+    fitting_utterances=60,
+    half_on_disk=True,
+)
+FULL = ModelSize(
+    text_tokens=51_866,
+    text_width=512,
+    llm_width=1024,
+    llm_heads=16,
+    llm_units=4096,
+    text_blocks=6,
+    llm_blocks=14,
+    flow_width=512,
+    flow_heads=8,
+    flow_units=2048,
+    flow_blocks=6,
+    unet_channels=(256, 256),
+    unet_blocks=4,
+    unet_mid_blocks=12,
+    unet_heads=8,
+    unet_head_width=64,
+    hift_channels=512,
+    s3_width=1280,
+    s3_layers=6,
+    whisper_width=1280,
+    whisper_heads=20,
+    whisper_encoder_layers=32,
+    whisper_decoder_layers=32,
+    whisper_tokens=51_866,
+    fitting_utterances=8,
+    half_on_disk=False,
+)
+SIZES = {"tiny": TINY, "300m": FULL}
+
+
+def build_folder(output: Path, size_name: str, seed: int, manifest: Path) -> None:
+    """Write every file of a model folder.
+
+    Args:
+        output: an empty folder.
+        size_name: a key of `SIZES`.
+        seed: of every random number.
+        manifest: recordings that the encoders are scaled to, and whose speakers go into spk2info.pt.
+    """
+    size = SIZES[size_name]
+    utterances = read_manifest(manifest)
+    waveforms = [read_audio(utterance.audio_path, SAMPLE_RATE_HZ).waveform for utterance in utterances]
+    mels = [whisper_log_mel(waveform, MEL_BINS) for waveform in waveforms[: size.fitting_utterances]]
+
+    write_config(output / "cosyvoice.yaml", size_name, size)
+    write_speech_tokenizer(output / "speech_tokenizer_v1.onnx", size, mels, seed)
+    write_speakers(output, utterances, waveforms, seed)
+    for part in PARTS:
+        write_part(output, part, size, seed)
+    write_whisper(output / "whisper", size, mels, seed)
+
+
+def write_config(path: Path, size_name: str, size: ModelSize) -> None:
+    """Fill the template of cosyvoice.yaml."""
+    values = asdict(size) | {"unet_channels": list(size.unet_channels), "speech_codes": S3_CODES}
+    note = "seeded, not trained (CosyVoice/examples/tiny/make_model.py)"
+    template = string.Template(YAML_TEMPLATE.read_text(encoding="utf-8"))
+    path.write_text(template.substitute(values, size=size_name, note=note), encoding="utf-8")
+
+
+def write_readme(path: Path, size_name: str, seed: int, output: str) -> None:
+    """Fill the template of the folder's README."""
+    size = SIZES[size_name]
+    dtype = "float16" if size.half_on_disk else "float32"
+    template = string.Template(README_TEMPLATE.read_text(encoding="utf-8"))
+    values = asdict(size) | {"size": size_name, "seed": seed, "output": output, "codes": FITTED_CODES, "dtype": dtype}
+    path.write_text(template.substitute(values), encoding="utf-8")
+
+
+def write_speech_tokenizer(path: Path, size: ModelSize, mels: Sequence[Tensor], seed: int) -> None:
+    """Seed an S3 tokenizer, fit it to log-mels [128, T], and write its graph."""
+    config = ModelConfig(
+        n_mels=MEL_BINS,
+        n_audio_ctx=S3_POSITIONS,
+        n_audio_state=size.s3_width,
+        n_audio_head=size.s3_width // HEAD_WIDTH,
+        n_audio_layer=size.s3_layers,
+        n_codebook_size=S3_CODES,
+    )
+    model = seed_s3_tokenizer(config, mels, seed)
+    onnx.save(build_speech_tokenizer(model.state_dict(), config.n_audio_head), path)
+
+
+def write_speakers(output: Path, utterances: Sequence[Utterance], waveforms: Sequence[Tensor], seed: int) -> None:
+    """Write campplus.onnx, and spk2info.pt with what it gives for each speaker's recordings, averaged."""
+    fbanks = [speaker_fbank(waveform) for waveform in waveforms]
+    path = output / "campplus.onnx"
+    onnx.save(build_speaker_encoder(fbanks, seed), path)
+    session = OnnxSession(path)
+    embeddings: dict[str, list[Tensor]] = {}
+    for utterance, fbank in zip(utterances, fbanks, strict=True):
+        vector = torch.from_numpy(session.run(fbank[None].numpy()))
+        embeddings.setdefault(utterance.speaker or "unknown", []).append(vector)
+    speakers = {name: {"embedding": torch.stack(vectors).mean(dim=0)} for name, vectors in embeddings.items()}
+    torch.save(speakers, output / "spk2info.pt")
+
+
+def write_part(output: Path, part: str, size: ModelSize, seed: int) -> None:
+    """Build one part from the folder's own cosyvoice.yaml, with PyTorch's initialisation, and write its state dict."""
+    torch.manual_seed(seed)
+    module: nn.Module = load_config(output / "cosyvoice.yaml", [part])[part]
+    if part == "llm":
+        nn.init.normal_(module.llm_decoder.weight, std=OUTPUT_HEAD_STD)
+        nn.init.zeros_(module.llm_decoder.bias)
+    weights = module.state_dict()
+    if size.half_on_disk:
+        weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    torch.save(weights, output / f"{part}.pt")
+
+
+def write_whisper(folder: Path, size: ModelSize, mels: Sequence[Tensor], seed: int) -> None:
+    """Write a Whisper in transformers' format, float16 as released, its front scaled to log-mels [128, T]."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    is_full = size is FULL
+    special = {} if is_full else {"suppress_tokens": None, "begin_suppress_tokens": None}
+    if not is_full:
+        special |= {"decoder_start_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 2}
+    config = WhisperConfig(
+        vocab_size=size.whisper_tokens,
+        num_mel_bins=MEL_BINS,
+        d_model=size.whisper_width,
+        encoder_layers=size.whisper_encoder_layers,
+        encoder_attention_heads=size.whisper_heads,
+        encoder_ffn_dim=4 * size.whisper_width,
+        decoder_layers=size.whisper_decoder_layers,
+        decoder_attention_heads=size.whisper_heads,
+        decoder_ffn_dim=4 * size.whisper_width,
+        init_std=size.whisper_width**-0.5,  # blocks that change what they get, at any width
+        dtype="float16",
+        **special,
+    )
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration._from_config(config, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(seed)
+    encoder = model.model.encoder
+    seed_convolutions(encoder.conv1, encoder.conv2, mels, WHISPER_STATE_SCALE, generator)
+    model.save_pretrained(folder, max_shard_size="10GB")  # one file, as released
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
+    WhisperFeatureExtractor(feature_size=MEL_BINS).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and build the folder; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny (30 MB) or 300m (the published sizes)")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "CosyVoice-tiny", help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="of every random number")
+    parser.add_argument("--manifest", type=Path, default=REPOSITORY / "json" / "train.jsonl", help="recordings to fit")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    args = parser.parse_args(argv)
+    output = args.output.resolve()
+    if output.exists() and not args.overwrite:
+        print(f"error: {output} exists; choose another --output, or add --overwrite to replace it", file=sys.stderr)
+        return 1
+
+    torch.set_num_threads(1)  # sums, and so the weights, do not depend on the number of cores
+    started = time.monotonic()
+    unfinished = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        build_folder(unfinished, args.size, args.seed, args.manifest)
+        write_readme(unfinished / "README.md", args.size, args.seed, args.output.name)
+        if output.exists():
+            output.rename(replaced)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    size_bytes = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {size_bytes / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
+    print(f"next: python setup_cosyvoice.py --model-dir {args.output} --verify-only --deep-verify")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
