@@ -64,8 +64,6 @@ class FeatureWriter:
         self._lock = OutputLock(self.output_path)
         try:
             remove_leftovers(self.output_path)
-            for chunk in _chunks(self.chunk_folder):
-                remove_leftovers(chunk)
             _remove_stray(self.chunk_folder)
             self.done_ids: set[str] = set(open_features(self.output_path)) if self._sources() else set()
         except BaseException:
@@ -354,7 +352,7 @@ def _units(path: Path, utt_id: str, value: Any) -> list[int]:
 def _detached(value: Any) -> Any:
     """A copy on the CPU that owns no more storage than it shows (torch.save writes whole storages)."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True).contiguous().clone()
+        return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
         return {name: _detached(part) for name, part in value.items()}
     return value
@@ -368,11 +366,12 @@ def _tensor_bytes(value: Any) -> int:
     return 0
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """What went wrong, in the words of the system where torch hides them behind its own."""
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__  # type: ignore[assignment]
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__context__
+    return (link.strerror if link is not None else None) or str(error)
 
 
 def _remake(path: Path) -> str:

@@ -1,0 +1,74 @@
+"""Remembers which models and settings made an output, so that a resumed run cannot mix two kinds of features."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from taste.atomic import atomic_path
+
+DIGEST_DIGITS = 16
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A short fingerprint of some weights.
+
+    Args:
+        tensors: on any device, of any dtype.
+
+    Returns:
+        DIGEST_DIGITS hexadecimal digits.
+    """
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()[:DIGEST_DIGITS]
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """A short fingerprint of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        DIGEST_DIGITS hexadecimal digits.
+    """
+    state = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()[:DIGEST_DIGITS]
+
+
+def check_made_with(path: str | os.PathLike[str], made_with: Mapping[str, object], outputs: Iterable[Path]) -> None:
+    """Refuse to add to outputs that something else made; note what makes new ones.
+
+    Args:
+        path: the small JSON file beside the outputs.
+        made_with: everything that the values depend on.
+        outputs: those with content already.
+
+    Raises:
+        ValueError: there are outputs, and they were made with other models or settings, or nobody noted with which.
+    """
+    path = Path(path)
+    outputs = list(outputs)
+    if outputs:
+        names = " ".join(str(output) for output in outputs)
+        remedy = f"choose other outputs, or start again after: rm -r {names}"
+        if not path.is_file():
+            raise ValueError(f"{names} exist, but {path}, which says what made them, does not; {remedy}")
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changes = [
+            f"  {name}: {earlier.get(name)} then, {made_with.get(name)} now"
+            for name in sorted(set(earlier) | set(made_with))
+            if earlier.get(name) != made_with.get(name)
+        ]
+        if changes:
+            raise ValueError("the outputs were made differently:\n" + "\n".join(changes) + f"\n{remedy}")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dict(made_with), indent=2) + "\n", encoding="utf-8")
