@@ -1,0 +1,121 @@
+"""Takes a list of recordings through a model, batch after batch, so that a run stopped anywhere can go on."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from taste.atomic import atomic_path
+from taste.feature_store import FeatureWriter, chunk_folder
+from taste.interrupt import StopRequest
+from taste.prefetch import prefetched
+from taste.provenance import check_made_with
+from taste.recordings import Recording, plan_batches
+from taste.utterance_features import Failure
+
+SOME_FAILED_EXIT_CODE = 3
+
+Item = TypeVar("Item")
+
+
+class Work(NamedTuple):
+    """What to do with recordings, in two steps."""
+
+    prepare: Callable[[Path], Any]  # one recording, in a thread; a ValueError makes it a failure
+    compute: Callable[[Sequence[Any]], Sequence[Any]]  # what is stored of each prepared recording of a batch
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    exit_code: int  # 0 all good, 3 some recordings failed, 130/143 stopped by a signal
+    failures: list[Failure]
+
+
+def extract(
+    recordings: Sequence[Recording],
+    output: Path,
+    work: Work,
+    made_with: Mapping[str, object],
+    *,
+    batch_size: int,
+    num_threads: int,
+) -> Outcome:
+    """Compute what `output` lacks of the recordings, and store it as `{utt_id: value}`.
+
+    Values are written a chunk at a time; after any death the same call goes on where the last chunk ended and gives the
+    same values. A recording that cannot be used is listed in `<output>.failures.jsonl` and tried again next time.
+
+    Args:
+        recordings: the whole list.
+        output: the .pt file wanted.
+        work: what to do with each recording.
+        made_with: everything that the values depend on, noted in `<output>.made_with.json`.
+        batch_size: recordings computed at once.
+        num_threads: threads that prepare recordings.
+
+    Returns:
+        the exit code and what failed; unless a signal stopped the run, `output` is complete but for the failures.
+
+    Raises:
+        ValueError: what lies at `output` was made differently, or cannot be read.
+        OSError: the output cannot be written (disk full, say); what was written before is safe.
+        OutputBusyError: another process writes the same output.
+    """
+    failures: list[Failure] = []
+    with StopRequest() as stop, FeatureWriter(output) as writer:
+        present = [place for place in (output, chunk_folder(output)) if place.exists()]
+        check_made_with(output.with_suffix(".made_with.json"), made_with, present)
+        batches = plan_batches(recordings, batch_size, num_threads)
+        left = [[item for item in batch if item.utt_id not in writer.done_ids] for batch in batches]
+        left = [batch for batch in left if batch]
+        done = len(recordings) - sum(map(len, left))
+        print(f"{len(recordings)} recordings, {done} of them done before")
+
+        started = time.monotonic()
+        with tqdm(total=len(recordings), initial=done, unit="utt", dynamic_ncols=True) as bar:
+            for results in prefetched(left, lambda item: _prepare(item, work), num_threads):
+                usable = [result for result in results if not isinstance(result, Failure)]
+                values = work.compute([prepared for _, prepared in usable]) if usable else []
+                for (utt_id, _), value in zip(usable, values, strict=True):
+                    writer.add(utt_id, value)
+                if writer.is_full:
+                    writer.flush()
+                for failure in (result for result in results if isinstance(result, Failure)):
+                    bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
+                    failures.append(failure)
+                bar.update(len(results))
+                if stop.requested:
+                    break
+        writer.flush()
+        _list_failures(output.with_suffix(".failures.jsonl"), failures)
+        seconds = time.monotonic() - started
+        if stop.requested:
+            print(f"stopped after {seconds:.1f} s with {len(writer.done_ids)} recordings saved; run the same again")
+            return Outcome(stop.exit_code, failures)
+        writer.finish("single")
+        print(f"{output}: {len(writer.done_ids)} recordings ({seconds:.1f} s for those of this run)")
+    return Outcome(SOME_FAILED_EXIT_CODE if failures else 0, failures)
+
+
+def _prepare(recording: Recording, work: Work) -> tuple[str, Any] | Failure:
+    try:
+        return recording.utt_id, work.prepare(recording.audio_path)
+    except ValueError as error:  # what our readers raise for a recording; anything else is a bug
+        return Failure(recording.utt_id, str(recording.audio_path), str(error))
+
+
+def _list_failures(path: Path, failures: Sequence[Failure]) -> None:
+    """One JSON object a line; no file where nothing failed."""
+    path.unlink(missing_ok=True)
+    if not failures:
+        return
+    with atomic_path(path) as temporary:
+        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in failures]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(failures)} recordings failed; they are listed in {path}", file=sys.stderr)
