@@ -1,0 +1,99 @@
+"""One utterance as the model reads it, and several of them padded side by side."""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cosyvoice.utils.common import IGNORE_ID
+
+# B batch   T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels
+
+
+class Example(NamedTuple):
+    """One utterance."""
+
+    utt_id: str
+    text: Tensor  # [T, D_text] float32
+    speech_final: Tensor | None  # [A, D_speech] float32
+    speech_mid: Tensor | None  # [A, D_speech] float32
+    speaker: Tensor | None  # [D_speaker] float32
+    units: Tensor  # [S] int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Utterances padded on the right; how much of each row is real is told by the lengths alone."""
+
+    utt_ids: tuple[str, ...]
+    text: Tensor  # [B, T, D_text] float32
+    text_lengths: Tensor  # [B] int64
+    speech_final: Tensor | None  # [B, A, D_speech] float32
+    speech_mid: Tensor | None  # [B, A, D_speech] float32
+    speech_lengths: Tensor | None  # [B] int64
+    speaker: Tensor | None  # [B, D_speaker] float32
+    units: Tensor  # [B, S] int64, IGNORE_ID behind each row's end
+    unit_lengths: Tensor  # [B] int64
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            a batch whose tensors are on that device.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
+
+    @property
+    def target_count(self) -> int:
+        """Targets of the whole batch: its units and one EOS a row."""
+        return int(self.unit_lengths.sum()) + len(self.utt_ids)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pad utterances side by side.
+
+    Args:
+        examples: at least one; either all or none of them have speech, and likewise a speaker.
+
+    Returns:
+        the batch, in the order given.
+    """
+    text, text_lengths = _pad([example.text for example in examples])
+    final, speech_lengths = _pad_if_there([example.speech_final for example in examples])
+    mid, _ = _pad_if_there([example.speech_mid for example in examples])
+    units, unit_lengths = _pad([example.units for example in examples], IGNORE_ID)
+    speakers = [example.speaker for example in examples if example.speaker is not None]
+    assert len(speakers) in (0, len(examples)), "some utterances of a batch have a speaker vector, others none"
+    return Batch(
+        utt_ids=tuple(example.utt_id for example in examples),
+        text=text,
+        text_lengths=text_lengths,
+        speech_final=final,
+        speech_mid=mid,
+        speech_lengths=speech_lengths,
+        speaker=torch.stack(speakers) if speakers else None,
+        units=units,
+        unit_lengths=unit_lengths,
+    )
+
+
+def _pad(rows: list[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The rows side by side, [B, longest, ...], and their lengths, [B]."""
+    return pad_sequence(rows, batch_first=True, padding_value=value), torch.tensor([len(row) for row in rows])
+
+
+def _pad_if_there(rows: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    present = [row for row in rows if row is not None]
+    assert len(present) in (0, len(rows)), "some utterances of a batch have Whisper features, others none"
+    return _pad(present) if present else (None, None)

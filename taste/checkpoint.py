@@ -1,0 +1,124 @@
+"""Checkpoints that are whole or absent, and say in a readable file what they hold."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taste.atomic import atomic_path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on, or a model to be used."""
+
+    weights: dict[str, Tensor]  # those that training changes; the frozen ones are in the model folder
+    optimizer: dict[str, Any] | None  # None in a checkpoint kept for its weights alone
+    notes: dict[str, Any]  # JSON values: settings, step, place in the data, results, commit
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically, and its notes as JSON beside it.
+
+    The notes are in the checkpoint too, so that the two can never be of different steps.
+
+    Args:
+        path: the `.pt` to write.
+        checkpoint: what to write.
+
+    Raises:
+        OSError: the disk is full, say; the checkpoint that stood there before is untouched.
+    """
+    content = {
+        "weights": {name: value.detach().cpu() for name, value in checkpoint.weights.items()},
+        "optimizer": checkpoint.optimizer,
+        "notes": json.dumps(checkpoint.notes),
+    }
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(f"cannot write {path} ({error}); what was saved before is untouched. Free some space.") from error
+    write_json(path.with_suffix(".json"), checkpoint.notes)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: the `.pt`.
+
+    Returns:
+        its content, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of ours, or is damaged.
+    """
+    if not path.is_file():
+        near = ", ".join(sorted(file.name for file in path.parent.glob("*.pt"))) or "no checkpoint"
+        raise FileNotFoundError(f"there is no checkpoint {path} ({path.parent} holds {near})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(content["weights"], content["optimizer"], json.loads(content["notes"]))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of model_code.py, or is damaged ({error}); resume from another one, "
+            "or start anew with --resume never"
+        ) from error
+
+
+def frozen_fingerprint(model: nn.Module, learned: dict[str, Tensor]) -> str:
+    """A short hash of the weights that a checkpoint leaves to the model folder.
+
+    Args:
+        model: the whole model.
+        learned: the entries of its state that checkpoints hold.
+
+    Returns:
+        16 hexadecimal digits, equal for equal weights.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(model.state_dict().items()):
+        if name not in learned:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def code_commit(folder: Path) -> str | None:
+    """The commit of the code, for the notes of a run.
+
+    Args:
+        folder: the repository.
+
+    Returns:
+        the commit, with `+changes` where files differ from it; None outside a git checkout.
+    """
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically.
+
+    Args:
+        path: the file.
+        value: what JSON can hold.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()

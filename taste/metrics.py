@@ -1,0 +1,65 @@
+"""How close generated S3 units come to the true ones."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UnitMetrics:
+    """Results over a set of utterances; sums are taken over the set before dividing."""
+
+    utterances: int
+    token_error_rate: float  # insertions + deletions + substitutions, for each true unit; can exceed 1
+    length_ratio: float  # units generated for each true unit
+    eos_rate: float  # share of the utterances that the model itself ended
+    bleu: float  # 0..100, up to 4-grams
+    unigram_f1: float  # 0..1, units in common whatever their order
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results by name, for JSON."""
+        return dict(vars(self))
+
+
+def compare_units(
+    true: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], ended: Sequence[bool]
+) -> UnitMetrics:
+    """Measure generated units against the true ones.
+
+    Args:
+        true: the units of each utterance, none of them empty.
+        predicted: the units generated for it; may be empty.
+        ended: whether the model ended it with EOS, rather than the length limit.
+
+    Returns:
+        the results.
+
+    Raises:
+        ValueError: the numbers of utterances differ, there are none, or one has no true units.
+    """
+    import jiwer
+    import sacrebleu
+
+    if not len(true) == len(predicted) == len(ended) or not true:
+        raise ValueError(
+            f"expected as many predictions as references, got {len(predicted)}, {len(ended)} and {len(true)}"
+        )
+    if not all(true):
+        raise ValueError("an utterance has no true units to compare with")
+    references, hypotheses = [_as_words(units) for units in true], [_as_words(units) for units in predicted]
+    true_count, predicted_count = sum(map(len, true)), sum(map(len, predicted))
+    common = sum((Counter(a) & Counter(b)).total() for a, b in zip(true, predicted, strict=True))
+    return UnitMetrics(
+        utterances=len(true),
+        token_error_rate=jiwer.wer(references, hypotheses),
+        length_ratio=predicted_count / true_count,
+        eos_rate=sum(ended) / len(ended),
+        bleu=sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none", force=True).score,
+        unigram_f1=2 * common / (true_count + predicted_count),
+    )
+
+
+def _as_words(units: Sequence[int]) -> str:
+    """The units as the libraries for text want them."""
+    return " ".join(map(str, units))

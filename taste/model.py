@@ -1,0 +1,296 @@
+"""CosyVoice's language model, told by a recording how to speak its text."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.utils.common import IGNORE_ID
+from cosyvoice.utils.model_dir import load_part
+from taste.aggregator import SimpleTextSpeechAggregator
+from taste.batch import Batch
+from taste.lengths import valid_mask
+
+# B batch   T text tokens   S S3 units, 50 Hz   P positions before the units   D channels of the LM   V S3 codes
+
+VARIANTS = ("text_only", "simple")
+SOS_ROW, TASK_ROW = 0, 1  # rows of llm_embedding
+TOP = 5  # a unit counts as found when it is among so many best ones
+
+
+class Prefix(NamedTuple):
+    """What stands before the units; the position of its last vector predicts unit 0."""
+
+    vectors: Tensor  # [B, P, D], zero behind each row's end
+    lengths: Tensor  # [B] int64
+
+
+class Scores(NamedTuple):
+    """Sums over the targets of each row, so that any grouping of rows adds up to the same."""
+
+    loss_sums: Tensor  # [B] float32, cross-entropy in nats
+    top1_counts: Tensor  # [B] int64, targets that were the best guess
+    top5_counts: Tensor  # [B] int64, targets among the five best
+    target_counts: Tensor  # [B] int64, units and the one EOS
+
+
+class CosyVoiceS3Model(nn.Module):
+    """Predicts S3 units from text and, with an aggregator, from a recording of that text.
+
+    The language model reads `[sos] [speaker] [text, T] [task] [unit 0 .. unit n-1]`. The position of `[task]` predicts
+    unit 0 and the last unit predicts EOS (= `speech_token_size`). Rows are joined unpadded and padded afterwards, so a
+    row's result does not depend on its neighbours.
+
+    What stands for the text, and which of the pretrained parts that leaves without work:
+
+    - `text_only`: the text embeddings through CosyVoice's own text encoder. Nothing is new.
+    - `simple`: LayerNorm(text embeddings) + LayerNorm(aggregated speech), through a new projection to the LM's width.
+      CosyVoice's text encoder is not run.
+
+    Parts that are frozen or without work ask for no gradient and stay in eval mode whatever `train()` is told, so that
+    their dropout never acts. The text embeddings arrive as features, therefore `text_embedding` never learns.
+
+    Args:
+        llm: the pretrained language model; it becomes part of this module, and its `requires_grad` flags are set here.
+        aggregator: for `simple`; None for `text_only`.
+        variant: one of `VARIANTS`.
+        freeze_llm: True leaves every pretrained part as it is, so only the aggregator, the two norms and the projection
+            learn; False lets everything that works learn. A frozen `text_only` model has nothing to learn: it can be
+            evaluated, not trained.
+        use_speaker: False leaves the speaker's position out of the sequence.
+
+    Raises:
+        ValueError: the variant is unknown, or does not go with the aggregator.
+
+    Source: the sequence is that of FunAudioLLM/CosyVoice cosyvoice/llm/llm.py @ ace7c47.
+    """
+
+    def __init__(
+        self,
+        llm: TransformerLM,
+        aggregator: SimpleTextSpeechAggregator | None = None,
+        *,
+        variant: str = "simple",
+        freeze_llm: bool = False,
+        use_speaker: bool = True,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
+        if (variant == "text_only") != (aggregator is None):
+            raise ValueError(
+                f"variant {variant!r} {'takes no' if variant == 'text_only' else 'needs an'} aggregator, "
+                f"got {type(aggregator).__name__}"
+            )
+        self.variant = variant
+        self.use_speaker = use_speaker
+        self.llm = llm
+        self.aggregator = aggregator
+        if aggregator is not None:
+            self.text_norm = nn.LayerNorm(aggregator.text_width)
+            self.speech_norm = nn.LayerNorm(aggregator.text_width)
+            self.input_proj = nn.Linear(aggregator.text_width, llm.llm_input_size)
+        self.frozen_parts = self._parts_that_rest(freeze_llm)  # names of submodules
+        for name in self.frozen_parts:
+            self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def forward(self, batch: Batch) -> Scores:
+        """Score the true units of a batch, each predicted from the ones before it.
+
+        Args:
+            batch: the utterances; their units are read and predicted.
+
+        Returns:
+            sums and counts of each row.
+        """
+        logits = self.predict(batch)
+        targets = self.targets(batch)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE_ID, reduction="none")
+        found = logits.topk(TOP, dim=-1).indices == targets[:, :, None]  # [B, S+1, TOP]; no class is IGNORE_ID
+        return Scores(
+            loss_sums=losses.sum(dim=1),
+            top1_counts=found[:, :, 0].sum(dim=1),
+            top5_counts=found.sum(dim=(1, 2)),
+            target_counts=batch.unit_lengths + 1,
+        )
+
+    def predict(self, batch: Batch) -> Tensor:
+        """The scores of every code at every target, teacher-forced.
+
+        Args:
+            batch: the utterances.
+
+        Returns:
+            logits [B, S+1, V+1]: place k predicts unit k from the units before k, place n of a row of n units predicts
+            EOS; places behind that mean nothing.
+        """
+        prefix_rows = self._prefix_rows(batch)
+        rows = [
+            torch.cat([before, self.llm.speech_embedding(units[:length])])
+            for before, units, length in zip(prefix_rows, batch.units, batch.unit_lengths.tolist(), strict=True)
+        ]
+        prefix_lengths = _lengths_of(prefix_rows)
+        hidden, _ = self.llm.llm(pad_sequence(rows, batch_first=True), prefix_lengths + batch.unit_lengths)
+        places = torch.arange(batch.units.shape[1] + 1, device=hidden.device)
+        positions = (prefix_lengths[:, None] - 1 + places).clamp(max=hidden.shape[1] - 1)  # [B, S+1]; [task] is first
+        at_targets = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        return self.llm.llm_decoder(at_targets)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What `predict` should have said.
+
+        Args:
+            batch: the utterances.
+
+        Returns:
+            [B, S+1], int64: a row's units, then EOS, then IGNORE_ID.
+        """
+        size = batch.units.shape[1] + 1
+        targets = F.pad(batch.units, (0, 1)).masked_fill(~valid_mask(batch.unit_lengths, size), IGNORE_ID)
+        return targets.scatter(1, batch.unit_lengths[:, None], self.eos)
+
+    def prefix(self, batch: Batch) -> Prefix:
+        """What the language model reads before the first unit, for generation.
+
+        Args:
+            batch: the utterances; their units are not looked at.
+
+        Returns:
+            vectors [B, P, D] and lengths [B].
+        """
+        rows = self._prefix_rows(batch)
+        return Prefix(pad_sequence(rows, batch_first=True), _lengths_of(rows))
+
+    @property
+    def eos(self) -> int:
+        """The class that ends an utterance, one more than the last unit."""
+        return self.llm.speech_token_size
+
+    def train(self, mode: bool = True) -> "CosyVoiceS3Model":
+        """Switch training mode on or off for the parts that learn; frozen parts stay in eval mode.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            the model itself.
+        """
+        super().train(mode)
+        for name in self.frozen_parts:
+            self.get_submodule(name).eval()
+        return self
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The weights that training can change, by name; the others are in the model folder.
+
+        Returns:
+            the entries of `state_dict()` that lie in no frozen part.
+        """
+        frozen = tuple(f"{name}." for name in self.frozen_parts)
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `learned_state` gave.
+
+        Args:
+            state: weights by name.
+
+        Raises:
+            ValueError: names or shapes are not those of this model; all differences are listed.
+        """
+        own = self.learned_state()
+        problems = [f"missing: {name}" for name in own.keys() - state.keys()]
+        problems += [f"unknown: {name}" for name in state.keys() - own.keys()]
+        problems += [
+            f"{name} is {list(state[name].shape)}, this model has {list(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if own[name].shape != state[name].shape
+        ]
+        if problems:
+            raise ValueError(
+                f"the checkpoint does not fit a {self.variant!r} model with these settings:\n  "
+                + "\n  ".join(sorted(problems))
+                + "\nUse the settings, the model folder and the features it was trained with (see the .json beside it)."
+            )
+        self.load_state_dict({**self.state_dict(), **state})
+
+    def _prefix_rows(self, batch: Batch) -> list[Tensor]:
+        """`[sos] [speaker] [text] [task]` of each row, unpadded: B tensors [P_b, D]."""
+        text = self._text_vectors(batch)
+        sos, task = self.llm.llm_embedding.weight[[SOS_ROW]], self.llm.llm_embedding.weight[[TASK_ROW]]
+        speakers = self._speaker_vectors(batch)
+        return [
+            torch.cat([sos, speaker, row[:length], task])
+            for speaker, row, length in zip(speakers, text, batch.text_lengths.tolist(), strict=True)
+        ]
+
+    def _text_vectors(self, batch: Batch) -> Tensor:
+        """The text at the LM's width, [B, T, D]."""
+        if self.aggregator is None:
+            encoded, _ = self.llm.encode(batch.text, batch.text_lengths)
+            return encoded
+        if batch.speech_final is None or batch.speech_mid is None or batch.speech_lengths is None:
+            raise ValueError(f"variant {self.variant!r} needs Whisper features, and the batch has none")
+        speech = self.aggregator(batch.text, batch.speech_final, batch.speech_mid, batch.speech_lengths)
+        return self.input_proj(self.text_norm(batch.text) + self.speech_norm(speech))
+
+    def _speaker_vectors(self, batch: Batch) -> Tensor:
+        """The speaker's position, [B, 1, D]; [B, 0, D] when it is switched off."""
+        if not self.use_speaker:
+            return self.llm.llm_embedding.weight.new_empty(len(batch.utt_ids), 0, self.llm.llm_input_size)
+        if batch.speaker is None:
+            raise ValueError(
+                "the model reads a speaker vector, and the batch has none (USE_SPEAKER = False goes without)"
+            )
+        return self.llm.spk_embed_affine_layer(F.normalize(batch.speaker, dim=1))[:, None]
+
+    def _parts_that_rest(self, freeze_llm: bool) -> tuple[str, ...]:
+        """Names of the submodules that do not learn."""
+        if freeze_llm:
+            return ("llm",)
+        resting = ["llm.text_embedding"]
+        if self.aggregator is not None:
+            resting += ["llm.text_encoder", "llm.text_encoder_affine_layer"]
+        if not self.use_speaker:
+            resting.append("llm.spk_embed_affine_layer")
+        return tuple(resting)
+
+
+def build_model(
+    model_dir: str | Path, variant: str, *, speech_width: int | None, freeze_llm: bool, use_speaker: bool
+) -> CosyVoiceS3Model:
+    """Load the pretrained language model and put the new parts beside it.
+
+    Args:
+        model_dir: a model folder in the released layout.
+        variant: one of `VARIANTS`.
+        speech_width: channels of the Whisper features; not looked at by `text_only`.
+        freeze_llm: see `CosyVoiceS3Model`.
+        use_speaker: see `CosyVoiceS3Model`.
+
+    Returns:
+        the model, its new parts drawn from torch's global random generator.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: the variant is unknown, or needs Whisper features and there are none.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    llm = load_part(model_dir, "llm")
+    aggregator = None
+    if variant == "simple":
+        if speech_width is None:
+            raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
+        aggregator = SimpleTextSpeechAggregator(llm.text_embedding.embedding_dim, speech_width)
+    return CosyVoiceS3Model(llm, aggregator, variant=variant, freeze_llm=freeze_llm, use_speaker=use_speaker)
+
+
+def _lengths_of(rows: list[Tensor]) -> Tensor:
+    """[B], int64, on the rows' device."""
+    return torch.tensor([len(row) for row in rows], device=rows[0].device)

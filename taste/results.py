@@ -1,0 +1,164 @@
+"""What a trained model says: its units beside the true ones, as numbers, pictures and sound."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taste.audio import AudioError, read_audio, write_wav
+from taste.checkpoint import write_json
+from taste.data import UtteranceDataset
+from taste.epoch_plan import batches_by_length
+from taste.generation import Generated, Sampling, generate
+from taste.metrics import compare_units
+from taste.model import CosyVoiceS3Model
+from taste.plots import plot_mels, plot_units
+from taste.scoring import feature_loader
+from taste.synthesis import LEAST_UNITS, UnitDecoder
+from taste.training import RunStopped
+
+SHOWN_UNITS = 24
+SHOWN_UTTERANCES = 3
+
+
+def generate_units(
+    model: CosyVoiceS3Model,
+    dataset: UtteranceDataset,
+    batch_size: int,
+    sampling: Sampling,
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+) -> Generated:
+    """Let the model speak every utterance of a data set.
+
+    Args:
+        model: on the device.
+        dataset: the utterances.
+        batch_size: utterances generated together.
+        sampling: how units are chosen.
+        device: where to compute.
+        stop_requested: asked between batches.
+
+    Returns:
+        units in the order of the data set.
+
+    Raises:
+        RunStopped: it was asked to stop.
+    """
+    batches = batches_by_length(dataset.lengths, batch_size)
+    units: list[list[int]] = [[] for _ in range(len(dataset))]
+    ended = [False] * len(dataset)
+    start = time.perf_counter()
+    for indices, batch in zip(batches, feature_loader(dataset, batches), strict=True):
+        _leave_if_asked(stop_requested)
+        made = generate(model, batch.to(device), sampling)
+        for index, row_units, row_ended in zip(indices, made.units, made.ended, strict=True):
+            units[index], ended[index] = row_units, row_ended
+    seconds = time.perf_counter() - start
+    count = sum(map(len, units))
+    print(f"generated {count} units of {len(dataset)} utterances in {seconds:.1f} s ({count / seconds:.0f} units/s)")
+    return Generated(units, ended)
+
+
+def report_units(dataset: UtteranceDataset, made: Generated, run_folder: Path, code_count: int) -> dict[str, Any]:
+    """Hold generated units against the true ones: numbers, a file with both, and a picture.
+
+    Args:
+        dataset: the utterances.
+        made: what was generated for them.
+        run_folder: where to write.
+        code_count: S3 codes there are.
+
+    Returns:
+        the measures by name.
+    """
+    true = [dataset.features.units[utt_id] for utt_id in dataset.utt_ids]
+    rows = list(zip(dataset.utt_ids, true, made.units, made.ended, strict=True))
+    units = {
+        utt_id: {"true": list(row), "generated": predicted, "ended": ended} for utt_id, row, predicted, ended in rows
+    }
+    write_json(run_folder / "generated_units.json", units)
+    plot_units(
+        run_folder / "figures" / "units.png",
+        [(utt_id, row, predicted) for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]],
+        code_count,
+    )
+    for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]:
+        print(f"\n{utt_id}: {dataset.info(utt_id).get('text', '')}")
+        print(f"  true      ({len(row):4d})  {' '.join(map(str, row[:SHOWN_UNITS]))} ...")
+        print(f"  generated ({len(predicted):4d})  {' '.join(map(str, predicted[:SHOWN_UNITS]))} ...")
+    return compare_units(true, made.units, made.ended).to_dict()
+
+
+def decode_units(
+    decoder: UnitDecoder,
+    dataset: UtteranceDataset,
+    made: Generated,
+    run_folder: Path,
+    seed: int,
+    stop_requested: Callable[[], bool],
+) -> list[str]:
+    """Turn true and generated units into sound, and draw their mel spectrograms below the recording's.
+
+    Args:
+        decoder: flow and HiFT.
+        dataset: the utterances.
+        made: what was generated for them, and maybe for more that follow.
+        run_folder: `wavs/` and `figures/` are written here.
+        seed: of the decoder's noise.
+        stop_requested: asked between utterances.
+
+    Returns:
+        paths of the wav files.
+
+    Raises:
+        RunStopped: it was asked to stop.
+    """
+    written, too_short = [], []
+    for index, utt_id in enumerate(dataset.utt_ids):
+        _leave_if_asked(stop_requested)
+        mels = {}
+        original = original_mel(decoder, dataset.info(utt_id).get("audio_path"))
+        if original is not None:
+            mels["original recording"] = original
+        for name, units in (("true", dataset.features.units[utt_id]), ("pred", made.units[index])):
+            if len(units) < LEAST_UNITS:
+                too_short.append(f"{utt_id}_{name}")
+                continue
+            speech = decoder.decode(units, dataset.speaker(utt_id), seed)
+            path = run_folder / "wavs" / f"{utt_id}_{name}.wav"
+            write_wav(path, speech.waveform, decoder.sample_rate_hz)
+            written.append(str(path))
+            mels[{"true": "from the true units", "pred": "from the generated units"}[name]] = speech.mel
+        plot_mels(
+            run_folder / "figures" / f"{utt_id}_mels.png", mels, f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
+        )
+    if too_short:
+        print(f"too short for a sound, no wav written: {', '.join(too_short)}")
+    return written
+
+
+def original_mel(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor | None:
+    """The mel spectrogram of the recording itself.
+
+    Args:
+        decoder: knows the model's mel.
+        audio_path: as stage 1 noted it; None where nobody did.
+
+    Returns:
+        [80, F]; None where the recording is not to be had any more.
+    """
+    if audio_path is None:
+        return None
+    try:
+        return decoder.mel(read_audio(audio_path, decoder.sample_rate_hz).waveform)
+    except AudioError as error:
+        print(f"no picture of the original: {error}")
+        return None
+
+
+def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
+    if stop_requested():
+        raise RunStopped("stopped while showing results; the training is complete and saved")

@@ -1,0 +1,130 @@
+"""Teacher-forced scores of a whole data set."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from taste.batch import Batch, collate
+from taste.data import UtteranceDataset
+from taste.epoch_plan import batches_by_length
+from taste.model import CosyVoiceS3Model, Scores
+
+
+@dataclass
+class Totals:
+    """Sums over targets (units, and one EOS an utterance), and the averages that follow from them."""
+
+    loss_sum: float = 0.0  # nats
+    top1_count: float = 0.0
+    top5_count: float = 0.0
+    target_count: float = 0.0
+
+    @classmethod
+    def of(cls, scores: Scores) -> "Totals":
+        """The sums over a batch.
+
+        Args:
+            scores: of its rows.
+
+        Returns:
+            their sums.
+        """
+        return cls(*torch.stack([row_sums.double().sum() for row_sums in scores]).tolist())
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
+
+    def as_list(self) -> list[float]:
+        """The four sums, in order."""
+        return [self.loss_sum, self.top1_count, self.top5_count, self.target_count]
+
+    def averages(self) -> dict[str, float]:
+        """`loss` in nats a target, `top1` and `top5` as shares of the targets."""
+        sums = {"loss": self.loss_sum, "top1": self.top1_count, "top5": self.top5_count}
+        return {name: value / self.target_count for name, value in sums.items()}
+
+
+def evaluate(
+    model: CosyVoiceS3Model,
+    dataset: UtteranceDataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    num_workers: int = 0,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Totals:
+    """Score every utterance of a data set, the work shared by all processes.
+
+    Args:
+        model: the model itself, on the accelerator's device; it is left in eval mode.
+        dataset: the utterances.
+        batch_size: utterances a process scores together; it changes nothing but rounding.
+        accelerator: device and processes.
+        num_workers: processes that load features.
+        before_batch: called equally often in each process; what it raises ends the evaluation.
+
+    Returns:
+        the sums over all utterances, the same in each process.
+    """
+    model.eval()
+    batches = batches_by_length(dataset.lengths, batch_size)
+    own_batches = batches[accelerator.process_index :: accelerator.num_processes]
+    loader = iter(feature_loader(dataset, own_batches, num_workers))
+    totals = Totals()
+    for first in range(0, len(batches), accelerator.num_processes):
+        before_batch()
+        if first + accelerator.process_index < len(batches):
+            with torch.inference_mode(), precision_of(accelerator.device):
+                totals += Totals.of(model(next(loader).to(accelerator.device)))
+    return Totals(*sum_over_processes(accelerator, totals.as_list()))
+
+
+def precision_of(device: torch.device) -> torch.autocast:
+    """The arithmetic of a device: bfloat16 where CUDA gains by it, float32 elsewhere.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        a context for forward passes.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def feature_loader(
+    dataset: UtteranceDataset, batches: Sequence[Sequence[int]], num_workers: int = 0
+) -> DataLoader[Batch]:
+    """Load batches in a given order.
+
+    Args:
+        dataset: the utterances.
+        batches: utterance numbers of each.
+        num_workers: processes that load features; 0 loads in this one.
+
+    Returns:
+        the loader; it leaves torch's global random generator alone.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Add up numbers that each process has its own part of.
+
+    Args:
+        accelerator: the processes.
+        values: this process's numbers.
+
+    Returns:
+        the sums, the same in each process.
+    """
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum").tolist()

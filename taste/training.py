@@ -1,0 +1,334 @@
+"""The training loop: from a model and two data sets to checkpoints and a record of every step."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from taste.batch import Batch
+from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
+from taste.data import UtteranceDataset
+from taste.epoch_plan import EpochPlan
+from taste.model import CosyVoiceS3Model
+from taste.progress import Progress, StepRecord
+from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
+
+ADAM_BETAS = (0.9, 0.98)
+LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
+SHOWN_UTTERANCES = 8
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or a gradient is no number; the message names the step and the utterances."""
+
+
+class RunStopped(Exception):  # noqa: N818 - nothing went wrong, someone asked for it
+    """Somebody asked the run to stop, and its work is saved."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train."""
+
+    num_epochs: int
+    batch_size: int  # utterances that a process looks at together
+    lr: float  # peak of the schedule
+    warmup_steps: int
+    weight_decay: float
+    grad_clip: float  # largest norm of the gradient
+    accumulation_steps: int  # batches whose gradients make one step
+    seed: int
+    checkpoint_every: int = 0  # steps; 0: only at the end of each epoch
+    num_workers: int = 0  # processes that load features
+
+    def __post_init__(self) -> None:
+        least = {"num_epochs": 0, "batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "accumulation_steps": 1}
+        least |= {"checkpoint_every": 0, "num_workers": 0}
+        problems = [
+            f"{name.upper()} is {vars(self)[name]}, expected {low} or more"
+            for name, low in least.items()
+            if vars(self)[name] < low
+        ]
+        problems += [
+            f"{name.upper()} is {vars(self)[name]}, expected more than 0"
+            for name in ("lr", "grad_clip")
+            if vars(self)[name] <= 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class Trainer:
+    """Trains a model, evaluates it after each epoch, and saves it so that a run can go on exactly.
+
+    The loss of a step is averaged over all targets of all its batches in all processes: how utterances are spread over
+    batches, accumulated batches and processes changes nothing but rounding.
+
+    Args:
+        model: the model; it is moved to the accelerator's device.
+        train_set: utterances to learn from.
+        test_set: utterances to evaluate on.
+        config: how to train.
+        run_folder: `checkpoints/` and `metrics.jsonl` are written here.
+        accelerator: device and processes.
+        notes: what each checkpoint shall say about the run (settings, commit), as JSON knows values.
+        stop_requested: asked before every batch; where it says True, the trainer saves and raises `RunStopped`.
+        on_epoch: called in the main process with the history before training and after each epoch.
+
+    Raises:
+        ValueError: the model has nothing to learn, or there are more processes than batches.
+    """
+
+    def __init__(
+        self,
+        model: CosyVoiceS3Model,
+        train_set: UtteranceDataset,
+        test_set: UtteranceDataset,
+        config: TrainingConfig,
+        run_folder: Path,
+        accelerator: Accelerator,
+        notes: dict[str, Any],
+        stop_requested: Callable[[], bool] = lambda: False,
+        on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.train_set, self.test_set = train_set, test_set
+        self.stop_requested, self.on_epoch = stop_requested, on_epoch
+        self.last_path = run_folder / "checkpoints" / "last.pt"
+        self.best_path = run_folder / "checkpoints" / "best.pt"
+        self.record = StepRecord(run_folder / "metrics.jsonl")
+        self.plan = EpochPlan(train_set.lengths, config.batch_size, config.seed)
+        self.progress = Progress()
+        self.model = model.to(accelerator.device)
+        optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, betas=ADAM_BETAS)
+        self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.steps_per_epoch = len(self._steps_of(0))
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{accelerator.num_processes} processes, but fewer batches; start fewer, or lower BATCH_SIZE"
+            )
+        self.notes = {
+            **notes,
+            "train_set": train_set.fingerprint(),
+            "frozen_weights": frozen_fingerprint(model, model.learned_state()),
+            "processes": accelerator.num_processes,
+        }
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, exactly as if the run had never stopped.
+
+        Args:
+            checkpoint: what a `last.pt` holds.
+
+        Raises:
+            ValueError: it holds weights only, or what it was trained with has changed.
+        """
+        if checkpoint.optimizer is None:
+            raise ValueError("this checkpoint holds weights only (for --num-epochs 0); training goes on from a last.pt")
+        same = {
+            "train_set": "the training utterances",
+            "frozen_weights": "the frozen weights (of the model folder)",
+            "processes": "the number of processes",
+        }
+        changed = [
+            f"{what} ({checkpoint.notes[name]} then, {self.notes[name]} now)"
+            for name, what in same.items()
+            if checkpoint.notes[name] != self.notes[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"the run cannot go on, because something has changed: {'; '.join(changed)}. "
+                "Put it back, or start anew with --resume never"
+            )
+        self.model.load_learned_state(checkpoint.weights)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.progress = Progress.from_dict(checkpoint.notes["progress"])
+
+    def fit(self) -> Progress:
+        """Train until the configured number of epochs is complete.
+
+        Returns:
+            where the run stands, with the results of each epoch.
+
+        Raises:
+            RunStopped: it was asked to stop; `last.pt` holds everything.
+            NonFiniteLossError: a loss or a gradient is no number; nothing of that step is kept.
+        """
+        progress = self.progress
+        if self.accelerator.is_main_process:
+            self.record.keep_until(progress)
+        if not progress.history:
+            self._complete_epoch(0, {}, self._evaluate())
+        while progress.epoch < self.config.num_epochs:
+            self._train_epoch()
+            self._complete_epoch(progress.epoch + 1, progress.epoch_totals.averages(), self._evaluate())
+        return progress
+
+    def _train_epoch(self) -> None:
+        """The steps of the epoch in work that are not done yet."""
+        progress, accelerator = self.progress, self.accelerator
+        todo = [
+            step[accelerator.process_index :: accelerator.num_processes]
+            for step in self._steps_of(progress.epoch)[progress.step_in_epoch :]
+        ]
+        loader = iter(
+            feature_loader(self.train_set, [batch for step in todo for batch in step], self.config.num_workers)
+        )
+        bar = tqdm(
+            todo,
+            desc=f"epoch {progress.epoch + 1}/{self.config.num_epochs}",
+            total=self.steps_per_epoch,
+            initial=progress.step_in_epoch,
+            leave=False,
+            disable=None if accelerator.is_main_process else True,  # None: where nobody watches
+        )
+        for own_batches in bar:
+            self._stop_if_asked()
+            totals = self._train_step([next(loader) for _ in own_batches])
+            bar.set_postfix(loss=f"{totals.averages()['loss']:.3f}")
+            if self.config.checkpoint_every and progress.step % self.config.checkpoint_every == 0:
+                self._save_last()
+
+    def _train_step(self, batches: list[Batch]) -> Totals:
+        """One step of the optimizer; gives the sums over all batches of all processes."""
+        progress, config, accelerator = self.progress, self.config, self.accelerator
+        self.wrapped_model.train()
+        _seed_step(config.seed, progress.step, accelerator.process_index)
+        lr = learning_rate(progress.step, config.num_epochs * self.steps_per_epoch, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        own_targets = sum(batch.target_count for batch in batches)
+        (all_targets,) = sum_over_processes(accelerator, [own_targets])
+        own_totals, spoiled = Totals(), []
+        for number, batch in enumerate(batches):
+            last_one = number == len(batches) - 1
+            # the processes exchange gradients once a step, while the last batch runs backwards
+            with nullcontext() if last_one else accelerator.no_sync(self.wrapped_model):
+                with precision_of(accelerator.device):
+                    scores = self.wrapped_model(batch.to(accelerator.device))
+                # the exchange averages over processes, the loss is a sum over them: undo the division
+                accelerator.backward(scores.loss_sums.sum() * (accelerator.num_processes / all_targets))
+            own_totals += Totals.of(scores)
+            spoiled += [
+                utt_id
+                for utt_id, loss in zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
+                if not math.isfinite(loss)
+            ]
+        gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
+        totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
+        if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
+            raise _not_finite(
+                progress.step + 1, totals, gradient_norm, spoiled or [i for b in batches for i in b.utt_ids]
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.step_in_epoch += 1
+        progress.epoch_totals += totals
+        if accelerator.is_main_process:
+            self.record.add(
+                "step",
+                progress.step,
+                progress.epoch + 1,
+                totals.averages() | {"lr": lr, "gradient_norm": gradient_norm},
+            )
+        return totals
+
+    def _evaluate(self) -> dict[str, float]:
+        totals = evaluate(
+            self.model,
+            self.test_set,
+            self.config.batch_size,
+            self.accelerator,
+            num_workers=self.config.num_workers,
+            before_batch=self._stop_if_asked,
+        )
+        return totals.averages()
+
+    def _complete_epoch(self, epoch: int, train: dict[str, float], test: dict[str, float]) -> None:
+        """Remember the results of an epoch, and save."""
+        progress = self.progress
+        progress.epoch, progress.step_in_epoch, progress.epoch_totals = epoch, 0, Totals()
+        progress.history.append({"epoch": epoch, "train": train, "test": test})
+        if progress.best_epoch is None or test["loss"] < progress.history[progress.best_epoch]["test"]["loss"]:
+            progress.best_epoch = epoch
+            self._save(self.best_path, with_optimizer=False)
+        self._save_last()
+        if self.accelerator.is_main_process:
+            self.record.add("epoch", progress.step, epoch, {"train": train, "test": test})
+            self.on_epoch(progress.history)
+
+    def _save_last(self) -> None:
+        self._save(self.last_path, with_optimizer=True)
+
+    def _save(self, path: Path, with_optimizer: bool) -> None:
+        if self.accelerator.is_main_process:
+            optimizer = self.optimizer.state_dict() if with_optimizer else None
+            notes = self.notes | {"progress": asdict(self.progress)}
+            save_checkpoint(path, Checkpoint(self.model.learned_state(), optimizer, notes))
+        self.accelerator.wait_for_everyone()
+
+    def _stop_if_asked(self) -> None:
+        """Save and leave where any process was asked to stop; called equally often in each of them."""
+        (asked,) = sum_over_processes(self.accelerator, [float(self.stop_requested())])
+        if asked:
+            self._save_last()
+            raise RunStopped(f"stopped after step {self.progress.step}; saved as {self.last_path}")
+
+    def _steps_of(self, epoch: int) -> list[list[list[int]]]:
+        return self.plan.steps(epoch, self.config.accumulation_steps, self.accelerator.num_processes)
+
+
+def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """The learning rate of a step: a straight warm-up, then a cosine down to a small share of the peak.
+
+    Args:
+        step: its number, from 0.
+        total_steps: steps of the whole run.
+        config: peak and warm-up.
+
+    Returns:
+        the rate.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.lr * (LAST_LR_SHARE + (1 - LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _parameter_groups(model: CosyVoiceS3Model, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices; none for biases, norms and embeddings, whose size means something."""
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not learning:
+        raise ValueError(
+            f"a frozen {model.variant!r} model has nothing to learn: set FREEZE_LLM = False, choose another VARIANT, "
+            "or evaluate the model as it is with --num-epochs 0"
+        )
+    decayed = [parameter for parameter in learning if parameter.dim() > 1 and id(parameter) not in embeddings]
+    chosen = {id(parameter) for parameter in decayed}
+    others = [parameter for parameter in learning if id(parameter) not in chosen]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _seed_step(seed: int, step: int, process: int) -> None:
+    """Make the dropout of a step a function of where it stands, so that a resumed run draws the same."""
+    (number,) = np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)
+    torch.manual_seed(int(number))
+
+
+def _not_finite(step: int, totals: Totals, gradient_norm: float, utt_ids: list[str]) -> NonFiniteLossError:
+    shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
+    return NonFiniteLossError(
+        f"step {step}: the loss is {totals.averages()['loss']}, the norm of its gradient {gradient_norm}; utterances: "
+        f"{shown}. Nothing of this step was saved: last.pt is from before. Look at the features of these utterances, "
+        "lower LR, or raise WARMUP_STEPS"
+    )
