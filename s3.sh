@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Stage 2: turn recordings into S3 units, 50 a second, which stage 3 learns to predict.
+#
+# In:   <JSON_DIR>/{train,test}.jsonl, <MODEL_DIR>/speech_tokenizer_v1.onnx
+# Out:  <OUTPUT_DIR>/{split}_utt2s3.pt     {utt_id: [unit, ...]}, and its .failures.jsonl where a recording failed
+#
+#     bash s3.sh --model-dir CosyVoice-300M      # the full-size model
+#     bash s3.sh --splits test                   # the embedded model, under a minute
+#
+# Run the same command again after any stop: it goes on where it was. Exit codes: 0 all good, 1 error, 2 wrong usage,
+# 3 finished but some recordings failed, 130/143 stopped by Ctrl-C or SIGTERM.
+#
+# Settings: edit them here, or give --lower-case-name VALUE (dashes or underscores), or set the variable of that name.
+# What stands here is relative to this file; what is given is relative to the working directory.
+set -euo pipefail
+HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+
+MODEL_DIR="${MODEL_DIR:-$HERE/CosyVoice-tiny}"  # model folder: CosyVoice-300M, or another with the same files
+SPLITS="${SPLITS:-train test}"                  # manifests to do, without .jsonl
+JSON_DIR="${JSON_DIR:-$HERE/json}"              # folder of the manifests
+OUTPUT_DIR="${OUTPUT_DIR:-$HERE/s3_output}"     # folder of the results
+BATCH_SIZE="${BATCH_SIZE:-16}"                  # recordings at once (s3tokenizer)
+DEVICE="${DEVICE:-auto}"                        # auto, cpu, cuda, cuda:1
+BACKEND="${BACKEND:-s3tokenizer}"               # s3tokenizer (batched, PyTorch) or onnxruntime (the reference)
+NUM_THREAD="${NUM_THREAD:-8}"                   # threads that read recordings
+PYTHON="${PYTHON:-}"                            # interpreter; empty takes this folder's .venv, else python3
+
+SETTINGS="$(sed -n 's/^\([A-Z_]*\)="\${\1:-.*/\1/p' "${BASH_SOURCE[0]}")"  # their names, one a line
+
+show_help() {
+    sed -n '2,/^set /{/^#/{s/^# \{0,1\}//;p}}' "${BASH_SOURCE[0]}"
+    echo
+    sed -n 's/^\([A-Z_]*\)="\${\1:-\(.*\)}" *# \(.*\)/--\L\1\E\t\3 (\2)/p' "${BASH_SOURCE[0]}" |
+        while IFS=$'\t' read -r flag help; do printf '  %-14s %s\n' "${flag//_/-}" "$help"; done
+}
+
+refuse_usage() {
+    printf 'error: %s; see: bash s3.sh --help\n' "$1" >&2
+    exit 2
+}
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 1
+}
+
+read_flags() {
+    local flag value name
+    while (($#)); do
+        case "$1" in
+            -h | --help) show_help && exit 0 ;;
+            --?*=*) flag="${1%%=*}" value="${1#*=}" && shift ;;
+            --?*)
+                (($# > 1)) || refuse_usage "$1 needs a value"
+                flag="$1" value="$2" && shift 2
+                ;;
+            *) refuse_usage "unexpected argument '$1'" ;;
+        esac
+        name="${flag#--}" && name="${name//-/_}" && name="${name^^}"
+        grep -qxF -- "$name" <<<"$SETTINGS" || refuse_usage "there is no flag $flag"
+        printf -v "$name" '%s' "$value"
+    done
+}
+
+# Run a command so that a signal to this script reaches it once, and wait until it has saved its work.
+run_stoppable() {
+    local child status=0
+    set -m # a process group of its own: Ctrl-C comes through the trap alone
+    "$@" &
+    child=$!
+    trap 'kill -INT "$child"' INT
+    trap 'kill -TERM "$child"' TERM HUP
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # a trap ended the wait, not the child
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - INT TERM HUP
+    set +m
+    return "$status"
+}
+
+main() {
+    read_flags "$@"
+    local tokenizer="$MODEL_DIR/speech_tokenizer_v1.onnx" split manifest status result=0
+    local -a splits
+    read -r -a splits <<<"$SPLITS"
+    ((${#splits[@]})) || refuse_usage "SPLITS names no manifest"
+    if [[ -z "$PYTHON" ]]; then
+        PYTHON="$HERE/.venv/bin/python"
+        [[ -x "$PYTHON" ]] || PYTHON=python3
+    fi
+    command -v -- "$PYTHON" >/dev/null || fail "there is no interpreter $PYTHON; run 'make setup', or give --python PATH"
+    [[ -f "$tokenizer" ]] || fail "there is no $tokenizer; run: python setup_cosyvoice.py --model-dir $MODEL_DIR"
+
+    for split in "${splits[@]}"; do
+        manifest="$JSON_DIR/$split.jsonl"
+        if [[ ! -f "$manifest" ]]; then
+            [[ "$split" == test ]] || fail "there is no $manifest; write it (README, 'Your own data'), or give --json-dir"
+            echo "there is no $manifest: stage 3 will take its test set out of the training set"
+            continue
+        fi
+        echo "== $split: $manifest -> $OUTPUT_DIR/${split}_utt2s3.pt"
+        status=0
+        run_stoppable "$PYTHON" "$HERE/CosyVoice/tools/extract_speech_token.py" \
+            --manifest "$manifest" --output "$OUTPUT_DIR/${split}_utt2s3.pt" --onnx_path "$tokenizer" \
+            --batch_size "$BATCH_SIZE" --device "$DEVICE" --backend "$BACKEND" --num_thread "$NUM_THREAD" || status=$?
+        case "$status" in
+            0) ;;
+            3) result=3 ;; # the other recordings and splits go on
+            *) exit "$status" ;;
+        esac
+    done
+    exit "$result"
+}
+
+main "$@"
