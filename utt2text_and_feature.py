@@ -13,7 +13,6 @@ Run the same command again after any stop: it goes on where it was. Exit codes: 
 3 finished but some recordings failed, 75 stopped by the memory guard, 130/143 stopped by Ctrl-C or SIGTERM.
 """
 
-import json
 import math
 import shlex
 import shutil
@@ -21,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
-from taste.atomic import atomic_path
 from taste.audio import duration_seconds
+from taste.failures import Failure, list_failures
 from taste.feature_store import (
     DISK_RESERVE_BYTES,
     FeatureWriteError,
@@ -49,7 +48,7 @@ from taste.provenance import check_made_with, digest, file_digest
 from taste.settings import Settings, parse_settings, pick_device
 from taste.speaker import SpeakerEncoder
 from taste.text import tokenize
-from taste.utterance_features import Failure, Models, Outputs, Prepared, add_batch, prepare
+from taste.utterance_features import Models, Outputs, Prepared, add_batch, prepare
 from taste.whisper_encoder import FRAMES_PER_SECOND, WhisperEncoder
 
 # ---------------------------------------------------------------- settings: edit here, or --lower-case-name on the line
@@ -67,6 +66,7 @@ NUM_WORKERS = 4  # threads that read and embed recordings while the encoder work
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 ENCODER_DTYPE = "auto"  # float16, bfloat16, float32; auto is float16 on CUDA, float32 on a CPU
 FEATURE_DTYPE = "float16"  # of the stored Whisper features: float16, bfloat16, float32
+CHUNK_UTTERANCES = 200  # written at once, so that a kill costs at most these (or what two minutes gave)
 SAVE_MODE = "auto"  # single .pt, chunks, or auto: single up to 4 GB
 MEMORY_LIMIT_PERCENT = 90.0  # of the machine's or the container's memory; above it the run stops, saved
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def check_settings(settings: Settings) -> None:
         problems.append(f"FEATURE_DTYPE is {settings.feature_dtype!r}; expected one of {', '.join(_DTYPES)}")
     if settings.encoder_dtype not in ("auto", *_DTYPES):
         problems.append(f"ENCODER_DTYPE is {settings.encoder_dtype!r}; expected auto or one of {', '.join(_DTYPES)}")
-    for name in ("batch_size", "num_workers", "max_duration", "memory_limit_percent"):
+    for name in ("batch_size", "num_workers", "chunk_utterances", "max_duration", "memory_limit_percent"):
         if getattr(settings, name) <= 0:
             problems.append(f"{name.upper()} is {getattr(settings, name)}; expected more than 0")
     if problems:
@@ -134,10 +134,11 @@ def open_outputs(settings: Settings, stack: ExitStack) -> Outputs:
     text = Path(settings.output_text.replace("{split}", split))
     whisper = Path(settings.output_whisper.replace("{split}", split))
     info = Path((settings.output_info or str(text.parent / "{split}_utt2info.pt")).replace("{split}", split))
+    chunk = settings.chunk_utterances
     return Outputs(
-        text=stack.enter_context(FeatureWriter(text)),
-        whisper=stack.enter_context(FeatureWriter(whisper, nested=True)),
-        info=stack.enter_context(FeatureWriter(info)),
+        text=stack.enter_context(FeatureWriter(text, chunk_utterances=chunk)),
+        whisper=stack.enter_context(FeatureWriter(whisper, chunk_utterances=chunk, nested=True)),
+        info=stack.enter_context(FeatureWriter(info, chunk_utterances=chunk)),
     )
 
 
@@ -302,13 +303,7 @@ def extract(
 
 def report(progress: Progress, models: Models, outputs: Outputs, seconds: float) -> None:
     """Print what there is now, and how fast it came; list the failures in their file."""
-    failures_path = outputs.info.output_path.with_suffix(".failures.jsonl")
-    failures_path.unlink(missing_ok=True)
-    if progress.failures:
-        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in progress.failures]
-        with atomic_path(failures_path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{len(progress.failures)} utterances failed; they are listed in {failures_path}")
+    list_failures(outputs.info.output_path, progress.failures)
     for writer in outputs:
         size = stored_bytes(writer.output_path) / 1e6
         where = writer.output_path if writer.output_path.exists() else chunk_folder(writer.output_path)

@@ -83,7 +83,7 @@ def _read_line(line: str, line_number: int, folder: Path) -> Utterance:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _BadLineError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
+        raise _BadLineError(f"not JSON ({error.msg}, column {error.colno})") from error
     if not isinstance(entry, dict):
         raise _BadLineError(f"expected an object, got {type(entry).__name__}")
     audio_path = _text(entry, "audio_path")

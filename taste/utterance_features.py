@@ -1,13 +1,13 @@
 """Turns one batch of utterances into the values that stage 1 stores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from taste.audio import duration_seconds, read_audio
+from taste.failures import Failure
 from taste.feature_store import FeatureWriter
 from taste.manifest import Utterance
 from taste.speaker import SpeakerEncoder
@@ -34,15 +34,6 @@ class Prepared(NamedTuple):
     duration_seconds: float
     text: TextTokens
     speaker: Tensor  # [192] float32
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One utterance that cannot be used, as the failures file lists it."""
-
-    utt_id: str
-    audio_path: str
-    reason: str
 
 
 class Outputs(NamedTuple):
