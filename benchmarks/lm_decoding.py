@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import taste  # noqa: F401 - makes `cosyvoice` importable
+from benchmarks.lm_models import SIZES, build_language_model
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
-from cosyvoice.utils.common import ras_sampling
+from cosyvoice.transformer.encoder import TransformerEncoder
 from taste.atomic import atomic_path
 from taste.settings import parse_settings, pick_device
 
@@ -41,27 +40,6 @@ OUTPUT = Path("exp/benchmarks/lm_decoding.json")  # where the numbers are writte
 # B batch  L frames  D channels
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What sets one language model apart from another; everything else is as released."""
-
-    text_tokens: int
-    text_width: int
-    width: int
-    heads: int
-    text_units: int
-    text_blocks: int
-    units: int
-    blocks: int
-    speech_tokens: int
-
-
-_SIZES = {
-    "300m": Sizes(51_866, 512, 1024, 16, 4096, 6, 4096, 14, 4096),
-    "small": Sizes(120, 24, 32, 4, 48, 2, 64, 3, 64),
-}
-
-
 @dataclass
 class Speed:
     """One row of the table; rates are S3 tokens a second over all rows of the batch."""
@@ -74,51 +52,12 @@ class Speed:
     tokens_per_second_last: float
 
 
-def build_language_model(sizes: Sizes) -> TransformerLM:
-    """Build a language model with the released options and random weights.
+@dataclass
+class Decoded:
+    """What `decode` measured."""
 
-    Args:
-        sizes: its sizes.
-
-    Returns:
-        the model in eval mode.
-    """
-    shared: dict[str, Any] = {
-        "output_size": sizes.width,
-        "attention_heads": sizes.heads,
-        "dropout_rate": 0.1,
-        "positional_dropout_rate": 0.1,
-        "attention_dropout_rate": 0.0,
-        "pos_enc_layer_type": "rel_pos_espnet",
-        "selfattention_layer_type": "rel_selfattn",
-        "static_chunk_size": 1,
-    }
-    text_encoder = ConformerEncoder(
-        input_size=sizes.text_width,
-        linear_units=sizes.text_units,
-        num_blocks=sizes.text_blocks,
-        input_layer="linear",
-        use_cnn_module=False,
-        macaron_style=False,
-        **shared,
-    )
-    llm = TransformerEncoder(
-        input_size=sizes.width,
-        linear_units=sizes.units,
-        num_blocks=sizes.blocks,
-        input_layer="linear_legacy",
-        **shared,
-    )
-    return TransformerLM(
-        text_encoder_input_size=sizes.text_width,
-        llm_input_size=sizes.width,
-        llm_output_size=sizes.width,
-        text_token_size=sizes.text_tokens,
-        speech_token_size=sizes.speech_tokens,
-        text_encoder=text_encoder,
-        llm=llm,
-        sampling=ras_sampling,
-    ).eval()
+    seconds: list[list[float]]  # for each way, of the prefix and of each token
+    difference: float  # largest difference of the log-probabilities from the first way's, relative to their scale
 
 
 def growing_cache(llm: TransformerEncoder) -> Callable[[Tensor], Tensor]:
@@ -157,7 +96,7 @@ def preallocated_cache(llm: TransformerEncoder, batch_size: int, max_frames: int
     return lambda frames: llm.step(frames, cache)
 
 
-def decode(lm: TransformerLM, ways: Sequence[Callable[[Tensor], Tensor]], prefix: Tensor, tokens: Tensor) -> "Decoded":
+def decode(lm: TransformerLM, ways: Sequence[Callable[[Tensor], Tensor]], prefix: Tensor, tokens: Tensor) -> Decoded:
     """Give every way the prefix and then the same tokens, one after another.
 
     Args:
@@ -183,14 +122,6 @@ def decode(lm: TransformerLM, ways: Sequence[Callable[[Tensor], Tensor]], prefix
         for other in scores[1:]:
             difference = max(difference, float((other - scores[0]).abs().max() / scores[0].abs().max()))
     return Decoded(seconds, difference)
-
-
-@dataclass
-class Decoded:
-    """What `decode` measured."""
-
-    seconds: list[list[float]]  # for each way, of the prefix and of each token
-    difference: float  # largest difference of the log-probabilities from the first way's, relative to their scale
 
 
 def speed(name: str, batch_size: int, seconds: Sequence[float], stretch: int) -> Speed:
@@ -244,18 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code.
     """
     settings = parse_settings(__file__, globals(), argv)
-    if settings.size not in _SIZES:
-        print(f"error: --size is {settings.size!r}; expected one of {', '.join(_SIZES)}", file=sys.stderr)
+    if settings.size not in SIZES:
+        print(f"error: --size is {settings.size!r}; expected one of {', '.join(SIZES)}", file=sys.stderr)
         return 2
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
-    sizes = _SIZES[settings.size]
-    lm = build_language_model(sizes).to(device)
+    lm = build_language_model(settings.size).to(device).eval()
     rows = max(1, *settings.batch_sizes)
-    prefix = torch.randn(rows, settings.prefix_frames, sizes.width, device=device)
-    tokens = torch.randint(sizes.speech_tokens, (rows, settings.tokens), device=device)
+    prefix = torch.randn(rows, settings.prefix_frames, lm.llm_input_size, device=device)
+    tokens = torch.randint(lm.speech_token_size, (rows, settings.tokens), device=device)
     max_frames = settings.prefix_frames + settings.tokens
 
     decode(lm, [preallocated_cache(lm.llm, 1, max_frames)], prefix[:1], tokens[:1, :3])  # warm up

@@ -31,8 +31,8 @@ class DecodingCache:
     weights of that moment: make a new cache after the weights have changed.
 
     A row whose text has ended can be handled in two ways. Keep stepping it and ignore what it gives: that costs its
-    share of a step. Or drop it with `keep_rows`: that costs one copy of the cache, so it pays when a good part of
-    the batch has ended, not for every single row.
+    share of a step. Or drop it with `keep_rows`: that copies what the cache holds of the other rows, about the cost of
+    the attention of one or two steps.
 
     Args:
         layers: N.
@@ -94,7 +94,7 @@ class DecodingCache:
         """
         with torch.inference_mode(False), torch.no_grad():
             rows = rows.to(self.left_padding.device).clone()  # a normal tensor, whatever mode made the argument
-            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+            self.keys, self.values = self._copy_rows(self.keys, rows), self._copy_rows(self.values, rows)
             self.left_padding = self.left_padding[rows]
 
     def window(self, layer: int, new_frames: int) -> LayerWindow:
@@ -128,8 +128,14 @@ class DecodingCache:
         seen = (slot <= own).unsqueeze(0)
         if self.ragged:
             # Padding sees itself: attention over nothing would be nan.
-            seen = seen & (slot >= self.left_padding[:, None, None]) | (slot == own)
+            seen = (seen & (slot >= self.left_padding[:, None, None])) | (slot == own)
         return seen
+
+    def _copy_rows(self, cached: Tensor, rows: Tensor) -> Tensor:
+        """Rows of `keys` or `values` at full capacity; only what is filled is copied."""
+        copied = cached.new_zeros(cached.size(0), len(rows), *cached.shape[2:])
+        copied[..., : self.filled, :] = cached[:, rows, :, : self.filled]
+        return copied
 
 
 def end_together(xs: Tensor, lengths: Tensor) -> Tensor:
