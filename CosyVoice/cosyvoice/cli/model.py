@@ -283,13 +283,15 @@ class CosyVoiceModel:
             {"tts_speech": [1, N] float32 on the CPU}: one whole, or one for each chunk.
 
         Raises:
-            ValueError: an argument is missing, a length disagrees with its tensor, `speed` is out of range, or the
-                language model wrote no token.
+            ValueError: an argument is missing or empty, a length disagrees with its tensor, or `speed` is out of range.
             Exception: whatever the language model raised, in its own thread or not.
         """
         _check_speed(speed)
-        if flow_embedding is None or (text is None and source_speech_token is None):
-            raise ValueError("tts needs flow_embedding, and one of text and source_speech_token")
+        if flow_embedding is None or (text is None) == (source_speech_token is None):
+            raise ValueError("tts needs flow_embedding, and either text or source_speech_token")
+        for name, tokens in (("text", text), ("source_speech_token", source_speech_token)):
+            if tokens is not None and tokens.shape[1] == 0:
+                raise ValueError(f"{name} is empty: there is nothing to say")
         for name, tensor, length in (
             ("text", text, text_len),
             ("prompt_text", prompt_text, prompt_text_len),
@@ -338,8 +340,6 @@ class CosyVoiceModel:
             yield self._speech(tokens[start:], prompt, uuid, finalize=True, speed=speed)
 
     def _speech(self, tokens: list[int], prompt: FlowPrompt, uuid: str, finalize: bool, speed: float) -> Speech:
-        if not tokens:
-            raise ValueError("the language model wrote no speech token: the text has nothing to say")
         token = torch.tensor([tokens], dtype=torch.int32)
         return {"tts_speech": self.token2wav(token, *prompt, uuid=uuid, finalize=finalize, speed=speed)}
 
