@@ -9,22 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.transformer.decoding import LayerWindow
-
-
-class Projected(NamedTuple):
-    """What attention compares, and what it mixes."""
-
-    queries: Tensor  # [B, L, H, W]
-    keys: Tensor  # [B, H, L, W]
-    values: Tensor  # [B, H, L, W]
+from cosyvoice.transformer.decoding import KeysValues, LayerWindow
 
 
 class Attended(NamedTuple):
-    """Attention over a chunk, with the state that the next chunk needs."""
+    """Attention over some frames, with the state that the frames after them need."""
 
     output: Tensor  # [B, L, D]
-    keys_values: Tensor  # [B, H, K, 2 * W], keys beside values
+    present: KeysValues
 
 
 def align_distances(scores: Tensor, keys: int) -> Tensor:
@@ -77,24 +69,22 @@ class RelPositionMultiHeadedAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_head, self.head_width)))
         self.dropout_rate = dropout_rate
 
-    def forward(self, x: Tensor, distances: Tensor, visible: Tensor | None, past: Tensor | None = None) -> Attended:
+    def forward(self, x: Tensor, distances: Tensor, visible: Tensor | None, past: KeysValues | None = None) -> Attended:
         """Look at the frames of `x`, and at those before it.
 
         Args:
             x: normalised input, [B, L, D].
             distances: sinusoids of the distances K - 1, K - 2, ..., [P, D]; see `align_distances`.
             visible: bool, [B or 1, L or 1, K or 1], True where a query may look; None: everywhere.
-            past: `keys_values` of the frames before, [B, H, K - L, 2 * W].
+            past: those of the K - L frames before.
 
         Returns:
-            The output and the keys and values of all K frames.
+            The output, and the keys and values of all K frames.
         """
-        queries, keys, values = self._project(x)
+        queries, present = self._project(x)
         if past is not None:
-            past_keys, past_values = past.chunk(2, dim=-1)
-            keys, values = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
-        output = self._attend(queries, keys, values, self.project_distances(distances), visible)
-        return Attended(output, torch.cat([keys, values], dim=-1))
+            present = KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, present, strict=True)))
+        return Attended(self._attend(queries, present, self.project_distances(distances), visible), present)
 
     def step(self, x: Tensor, window: LayerWindow, visible: Tensor | None) -> Tensor:
         """Look at the frames of `x` and at all those in the cache, and add the former to it.
@@ -107,10 +97,10 @@ class RelPositionMultiHeadedAttention(nn.Module):
         Returns:
             [B, L, D].
         """
-        queries, keys, values = self._project(x)
-        window.keys[:, :, -x.size(1) :] = keys
-        window.values[:, :, -x.size(1) :] = values
-        return self._attend(queries, window.keys, window.values, window.positions, visible)
+        queries, new = self._project(x)
+        window.seen.keys[:, :, -x.size(1) :] = new.keys
+        window.seen.values[:, :, -x.size(1) :] = new.values
+        return self._attend(queries, window.seen, window.positions, visible)
 
     def project_distances(self, distances: Tensor) -> Tensor:
         """Project sinusoids of distances to what the queries are compared with.
@@ -123,25 +113,24 @@ class RelPositionMultiHeadedAttention(nn.Module):
         """
         return self.linear_pos(distances).unflatten(-1, (self.heads, self.head_width)).transpose(0, 1)
 
-    def _project(self, x: Tensor) -> Projected:
-        shape = (self.heads, self.head_width)
+    def _project(self, x: Tensor) -> tuple[Tensor, KeysValues]:
+        """Queries [B, L, H, W], and the keys and values of the same frames."""
         queries, keys, values = (
-            layer(x).unflatten(-1, shape) for layer in (self.linear_q, self.linear_k, self.linear_v)
+            layer(x).unflatten(-1, (self.heads, self.head_width))
+            for layer in (self.linear_q, self.linear_k, self.linear_v)
         )
-        return Projected(queries, keys.transpose(1, 2), values.transpose(1, 2))
+        return queries, KeysValues(keys.transpose(1, 2), values.transpose(1, 2))
 
-    def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def _attend(self, queries: Tensor, seen: KeysValues, positions: Tensor, visible: Tensor | None) -> Tensor:
         # Positions have no batch axis: einsum folds B into the rows of one product a head, where matmul copies them.
         by_distance = torch.einsum("blhw,hpw->bhlp", queries + self.pos_bias_v, positions)
-        bias = align_distances(by_distance, keys.size(2)) * self.head_width**-0.5
+        bias = align_distances(by_distance, seen.keys.size(2)) * self.head_width**-0.5
         if visible is not None:
             bias = bias.masked_fill(~visible.unsqueeze(1), -torch.inf)
         context = F.scaled_dot_product_attention(
             (queries + self.pos_bias_u).transpose(1, 2),
-            keys,
-            values,
+            seen.keys,
+            seen.values,
             attn_mask=bias,
             dropout_p=self.dropout_rate if self.training else 0.0,
         )

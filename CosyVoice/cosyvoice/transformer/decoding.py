@@ -8,6 +8,7 @@ for the keys, one for the positions and no gathering; shapes and addresses never
 # N layers  B batch  L new frames  K frames held and new  C capacity in frames  H heads  W head width  D channels
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,17 @@ from torch import Tensor
 POSITIONS_BLOCK_FRAMES = 256  # distances projected at a time: the first token need not wait for all of them
 
 
+class KeysValues(NamedTuple):
+    """What attention looks at, and what it mixes."""
+
+    keys: Tensor  # [B, H, K, W]
+    values: Tensor  # [B, H, K, W]
+
+
 class LayerWindow(NamedTuple):
     """Views of what one layer needs for one step."""
 
-    keys: Tensor  # [B, H, K, W]; the last L places are for the new frames
-    values: Tensor  # [B, H, K, W]
+    seen: KeysValues  # the last L places are for the new frames
     positions: Tensor  # [H, K + 1, W], projections of the distances K - 1 .. -1
 
 
@@ -97,6 +104,32 @@ class DecodingCache:
             self.keys, self.values = self._copy_rows(self.keys, rows), self._copy_rows(self.values, rows)
             self.left_padding = self.left_padding[rows]
 
+    def missing_distances(self, new_frames: int) -> tuple[int, int] | None:
+        """Which distances must be projected before the next step; each is asked for once, in blocks.
+
+        Args:
+            new_frames: L of that step.
+
+        Returns:
+            The oldest and the newest distance, for `store_positions`; None where nothing is missing.
+        """
+        needed = self.filled + new_frames + 1  # the distances K - 1 .. -1
+        if needed <= self.projected:
+            return None
+        columns = min(max(needed, self.projected + POSITIONS_BLOCK_FRAMES), self.max_frames + 1)
+        return columns - 2, self.projected - 1
+
+    def store_positions(self, projections: Iterable[Tensor]) -> None:
+        """Take in the projections of the missing distances.
+
+        Args:
+            projections: of each layer, [H, P, W], from the oldest distance to the newest.
+        """
+        end = self.max_frames + 1 - self.projected
+        for positions, projection in zip(self.positions, projections, strict=True):
+            positions[:, end - projection.size(1) : end] = projection
+        self.projected += projection.size(1)
+
     def window(self, layer: int, new_frames: int) -> LayerWindow:
         """What layer number `layer` needs to take in `new_frames` frames.
 
@@ -108,9 +141,8 @@ class DecodingCache:
             Views into the cache.
         """
         end = self.filled + new_frames
-        return LayerWindow(
-            self.keys[layer, :, :, :end], self.values[layer, :, :, :end], self.positions[layer, :, -end - 1 :]
-        )
+        seen = KeysValues(self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
+        return LayerWindow(seen, self.positions[layer, :, -end - 1 :])
 
     def visible(self, new_frames: int) -> Tensor | None:
         """Which of the held and new frames each new frame may see.

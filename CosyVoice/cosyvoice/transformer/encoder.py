@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
-from cosyvoice.transformer.decoding import (
-    POSITIONS_BLOCK_FRAMES,
-    DecodingCache,
-    end_together,
-    start_together,
-)
+from cosyvoice.transformer.decoding import DecodingCache, KeysValues, end_together, start_together
 from cosyvoice.transformer.embedding import LinearInput
 from cosyvoice.transformer.encoder_layer import (
     ConformerEncoderLayer,
@@ -24,12 +19,14 @@ from cosyvoice.transformer.encoder_layer import (
     PositionwiseFeedForward,
     TransformerEncoderLayer,
 )
+from cosyvoice.transformer.options import (
+    ACTIVATIONS,
+    CAUSAL,
+    FULL_CONTEXT,
+    PUBLISHED_LAYER_NORM_EPS,
+    refuse_unsupported,
+)
 from cosyvoice.utils.mask import causal_mask, make_pad_mask
-
-ACTIVATIONS = {"relu": nn.ReLU, "swish": nn.SiLU}
-INPUT_LAYERS = ("linear", "linear_legacy")
-FULL_CONTEXT, CAUSAL = 0, 1  # values of static_chunk_size
-PUBLISHED_LAYER_NORM_EPS = 1e-12  # inside the layers; the input layer and after_norm have 1e-5
 
 
 class BaseEncoder(nn.Module):
@@ -45,7 +42,7 @@ class BaseEncoder(nn.Module):
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
-        _refuse_unsupported(type(self).__name__, options)
+        refuse_unsupported(type(self).__name__, options)
         width, dropout_rate = options["output_size"], options["dropout_rate"]
         activation = ACTIVATIONS[options["activation_type"]]
         self.static_chunk_size = options["static_chunk_size"]
@@ -150,8 +147,9 @@ class BaseEncoder(nn.Module):
         kept_from = 0 if required_cache_size < 0 else max(keys - required_cache_size, 0)
         kept = []
         for index, layer in enumerate(self.encoders):
-            x, keys_values = layer(x, distances, visible, att_cache[index : index + 1] if has_past else None)
-            kept.append(keys_values[:, :, kept_from:])
+            past = KeysValues(*att_cache[index : index + 1].chunk(2, dim=-1)) if has_past else None
+            x, present = layer(x, distances, visible, past)
+            kept.append(torch.cat(present, dim=-1)[:, :, kept_from:])
         return self.after_norm(x), torch.cat(kept), xs.new_zeros(len(self.encoders), 0, 0, 0)
 
     def new_cache(
@@ -213,7 +211,11 @@ class BaseEncoder(nn.Module):
             cache.left_padding.copy_(frames - lengths)
             cache.ragged = bool(cache.left_padding.any())
 
-        self._project_positions(cache, cache.filled + frames)
+        missing = cache.missing_distances(frames)
+        if missing is not None:
+            sinusoids = self.embed.pos_enc.distances(*missing, like=self.after_norm.weight)
+            cache.store_positions(layer.self_attn.project_distances(sinusoids) for layer in self.encoders)
+
         visible = cache.visible(frames)
         x = self.embed(xs)
         for index, layer in enumerate(self.encoders):
@@ -221,19 +223,6 @@ class BaseEncoder(nn.Module):
         cache.filled += frames
         x = self.after_norm(x)
         return x if lengths is None else start_together(x, lengths)
-
-    def _project_positions(self, cache: DecodingCache, frames: int) -> None:
-        """Make sure that the distances frames - 1 .. -1 are projected, a block at a time and each of them once."""
-        if cache.projected > frames:
-            return
-        done = cache.projected
-        columns = min(done + max(POSITIONS_BLOCK_FRAMES, frames + 1 - done), cache.max_frames + 1)
-        distances = self.embed.pos_enc.distances(columns - 2, done - 1, like=self.after_norm.weight)
-        end = cache.max_frames + 1 - done
-        for index, layer in enumerate(self.encoders):
-            block = cache.positions[index, :, end - len(distances) : end]
-            block.copy_(layer.self_attn.project_distances(distances))
-        cache.projected = columns
 
 
 class TransformerEncoder(BaseEncoder):
@@ -351,38 +340,8 @@ class ConformerEncoder(BaseEncoder):
         super().__init__(_arguments(locals()))  # as above
 
 
-SUPPORTED_OPTIONS = {  # the values that the CosyVoice-300M family uses
-    "input_layer": INPUT_LAYERS,
-    "pos_enc_layer_type": ("rel_pos_espnet",),
-    "selfattention_layer_type": ("rel_selfattn",),
-    "activation_type": tuple(ACTIVATIONS),
-    "normalize_before": (True,),
-    "static_chunk_size": (FULL_CONTEXT, CAUSAL),
-    "use_dynamic_chunk": (False,),
-    "use_dynamic_left_chunk": (False,),
-    "global_cmvn": (None,),
-    "key_bias": (True,),
-    "positionwise_conv_kernel_size": (1,),
-    "macaron_style": (False,),
-    "use_cnn_module": (False,),
-}
-
-
 def _arguments(constructor_locals: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in constructor_locals.items() if name not in ("self", "__class__")}
-
-
-def _refuse_unsupported(encoder: str, options: Mapping[str, Any]) -> None:
-    problems = [
-        f"{name}={options[name]!r} (supported: {', '.join(map(repr, supported))})"
-        for name, supported in SUPPORTED_OPTIONS.items()
-        if name in options and options[name] not in supported
-    ]
-    if problems:
-        raise ValueError(
-            f"{encoder}: the CosyVoice-300M family does not use these, and they are not implemented: "
-            f"{'; '.join(problems)}. Set them as the released cosyvoice.yaml does"
-        )
 
 
 def _check_step(batch: int, frames: int, cache: DecodingCache, lengths: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import Attended, RelPositionMultiHeadedAttention
-from cosyvoice.transformer.decoding import LayerWindow
+from cosyvoice.transformer.decoding import KeysValues, LayerWindow
 
 
 class PositionwiseFeedForward(nn.Module):
@@ -72,14 +72,14 @@ class EncoderLayer(nn.Module):
             self.register_module(name, nn.LayerNorm(size, eps=norm_eps))
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor, distances: Tensor, visible: Tensor | None, past: Tensor | None = None) -> Attended:
+    def forward(self, x: Tensor, distances: Tensor, visible: Tensor | None, past: KeysValues | None = None) -> Attended:
         """Run the layer; see `RelPositionMultiHeadedAttention.forward`.
 
         Args:
             x: [B, L, D].
             distances: sinusoids of the distances, [P, D].
             visible: bool, [B or 1, L or 1, K or 1], True where a frame may look; None: everywhere.
-            past: keys and values of the frames before.
+            past: those of the K - L frames before.
 
         Returns:
             The layer's output, and the keys and values of all K frames.
