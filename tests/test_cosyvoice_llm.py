@@ -1,5 +1,8 @@
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -365,3 +368,10 @@ def test_the_loss_refuses_another_number_of_classes_and_a_smoothing_out_of_range
         LabelSmoothingLoss(7, IGNORE_ID, 0.0)(torch.zeros(1, 2, 6), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1.0"):
         LabelSmoothingLoss(7, IGNORE_ID, 1.0)
+
+
+def test_importing_the_language_model_imports_no_other_models_library():
+    folder = Path(__file__).parents[1] / "CosyVoice"
+    code = "import sys, cosyvoice.llm.llm; print(sorted({'transformers', 'onnxruntime', 'whisper'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -105,20 +105,17 @@ class TransformerLM(nn.Module):
         sos, task = self._marks()
 
         inputs, targets = [], []
-        lengths = zip(text_lengths.tolist(), batch["speech_token_len"].tolist(), strict=True)
-        for row, (text_length, speech_length) in enumerate(lengths):
+        rows = zip(text_lengths.tolist(), batch["speech_token_len"].tolist(), strict=True)
+        for row, (text_length, speech_length) in enumerate(rows):
             # Rows are joined unpadded: padding inside would move the targets of every shorter row.
             parts = [sos, speaker[row], text[row, :text_length], task, speech[row, :speech_length]]
             inputs.append(torch.cat(parts))
-            target = tokens.new_full((3 + text_length + speech_length,), IGNORE_ID)
-            target[2 + text_length : -1] = tokens[row, :speech_length]
-            target[-1] = self.eos_token
-            targets.append(target)
+            targets.append(self._target(text_length, tokens[row, :speech_length]))
 
         # Padding frames hold the ignore id too, as published; being hidden from all others, they change nothing.
         sequence = pad_sequence(inputs, batch_first=True, padding_value=float(IGNORE_ID))
         target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_ID)
-        hidden, _ = self.llm(sequence, torch.tensor([len(row) for row in inputs], device=device))
+        hidden, _ = self.llm(sequence, torch.tensor([len(frames) for frames in inputs], device=device))
         logits = self.llm_decoder(hidden)
         return {
             "loss": self.criterion_ce(logits, target),
@@ -181,6 +178,11 @@ class TransformerLM(nn.Module):
         if not end_allowed:
             log_prob[self.eos_token] = -torch.inf
         return self.sampling(log_prob, decoded, sampling)
+
+    def _target(self, text_length: int, tokens: Tensor) -> Tensor:
+        """What each position of one row predicts, [L]: nothing up to the text's end, then the S3 tokens and the end."""
+        nothing, end = tokens.new_full((2 + text_length,), IGNORE_ID), tokens.new_full((1,), self.eos_token)
+        return torch.cat([nothing, tokens, end])
 
     def _embed_speaker(self, embedding: Tensor) -> Tensor:
         """Speaker vectors [B, spk_embed_dim] as frames of the sequence, [B, 1, D]."""

@@ -3,7 +3,10 @@
 Every row of a batch writes to the same place of the cache, whatever the length of its prefix: prefixes are moved to
 the right so that they *end* together, and what stands before a shorter one is hidden from that row. Attention here
 knows only distances between frames, so a row cannot tell that it was moved. One place for all rows means one slice
-for the keys, one for the positions and no gathering; shapes and addresses never change, only the slices' length.
+for the keys, one for the positions and no gathering.
+
+A step reads only the part that is filled, which is what a CPU wants. The tensors themselves keep their shapes and
+addresses (until rows are dropped), so a captured CUDA graph could read all of them behind a mask instead.
 
 # N layers  B batch  L new frames  K frames held and new  C capacity in frames  H heads  W head width  D channels
 """
@@ -46,7 +49,7 @@ class DecodingCache:
         batch_size: B.
         heads: H.
         head_width: W.
-        max_frames: C, prefix included.
+        max_frames: C, the longest prefix included.
         device: where the cache lives.
         dtype: what the layers compute in.
 
@@ -101,7 +104,8 @@ class DecodingCache:
         """
         with torch.inference_mode(False), torch.no_grad():
             rows = rows.to(self.left_padding.device).clone()  # a normal tensor, whatever mode made the argument
-            self.keys, self.values = self._copy_rows(self.keys, rows), self._copy_rows(self.values, rows)
+            self.keys = self._copy_rows(self.keys, rows)
+            self.values = self._copy_rows(self.values, rows)
             self.left_padding = self.left_padding[rows]
 
     def missing_distances(self, new_frames: int) -> tuple[int, int] | None:

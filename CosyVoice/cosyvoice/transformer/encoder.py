@@ -163,7 +163,7 @@ class BaseEncoder(nn.Module):
 
         Args:
             batch_size: B.
-            max_frames: frames that a row may have, prefix included.
+            max_frames: frames of the longest prefix, and those to come after it.
             device: None: where the weights are.
             dtype: None: autocast's where it is on, else the weights'.
 
