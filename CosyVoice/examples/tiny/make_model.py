@@ -47,7 +47,7 @@ MEL_BINS = 128
 S3_CODES = 4096
 S3_POSITIONS = 1500  # 30 s
 OUTPUT_HEAD_STD = 0.02  # the language model starts near a uniform guess, ln 4097 = 8.32
-SPECIAL_TOKENS = 8  # the tiny Whisper's decoder is never used: its vocabulary is just large enough to be one
+SPECIAL_TOKENS = 8  # vocabulary of the tiny Whisper, whose decoder is never used
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,10 @@ def write_whisper(folder: Path, size: ModelSize, mels: Sequence[Tensor], seed: i
     """Write a Whisper in transformers' format, float16 as released, its front scaled to log-mels [128, T]."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    is_full = size is FULL
-    special = {} if is_full else {"suppress_tokens": None, "begin_suppress_tokens": None}
-    if not is_full:
-        special |= {"decoder_start_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 2}
+    if size.whisper_tokens > SPECIAL_TOKENS:
+        special = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50256, "decoder_start_token_id": 50258}
+    else:
+        special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2}
     config = WhisperConfig(
         vocab_size=size.whisper_tokens,
         num_mel_bins=MEL_BINS,
@@ -240,6 +240,7 @@ def write_whisper(folder: Path, size: ModelSize, mels: Sequence[Tensor], seed: i
         decoder_attention_heads=size.whisper_heads,
         decoder_ffn_dim=4 * size.whisper_width,
         init_std=size.whisper_width**-0.5,  # blocks that change what they get, at any width
+        begin_suppress_tokens=None,
         dtype="float16",
         **special,
     )
@@ -278,9 +279,12 @@ def main(argv: list[str] | None = None) -> int:
         if output.exists():
             output.rename(replaced)
         unfinished.rename(output)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     size_bytes = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output}: {size_bytes / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
     print(f"next: python setup_cosyvoice.py --model-dir {args.output} --verify-only --deep-verify")
