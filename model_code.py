@@ -164,7 +164,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
         shown = test_set.subset(range(min(settings.generate_utterances, len(test_set))))
         torch.manual_seed(settings.seed)
         units = generate_units(model, shown, settings.generate_batch_size, sampling, accelerator.device, stop_requested)
-        results["generation"] = report_units(shown, units, run_folder, model_sizes.speech_vocab)
+        results["generation"] = report_units(shown, units, run_folder)
         if settings.decode_wavs:
             decoder = UnitDecoder(settings.cosyvoice_model_dir, accelerator.device)
             decoded = shown.subset(range(min(settings.decode_wavs, len(shown))))

@@ -52,13 +52,12 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: i
     _save(figure, path)
 
 
-def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int]]], code_count: int) -> None:
+def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> None:
     """Draw true against generated S3 units over time, one panel an utterance.
 
     Args:
         path: the picture to write.
         rows: utterance id, true units, generated units.
-        code_count: S3 codes there are.
     """
     figure, panels = _new_figure(len(rows), 1, (11, 1.2 + 1.9 * len(rows)))
     for axes, (utt_id, true, predicted) in zip(np.atleast_1d(panels), rows, strict=True):
@@ -68,7 +67,7 @@ def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int
         ):
             times = np.arange(len(units)) / UNITS_PER_SECOND
             axes.scatter(times, units, s=9, c=colour, marker=marker, linewidths=0.8, label=label)
-        axes.set(title=utt_id, ylabel="S3 unit", ylim=(0, code_count))
+        axes.set(title=utt_id, ylabel="S3 unit")
         axes.legend(loc="upper right", fontsize="small")
     np.atleast_1d(panels)[-1].set_xlabel("seconds")
     _save(figure, path)

@@ -62,14 +62,13 @@ def generate_units(
     return Generated(units, ended)
 
 
-def report_units(dataset: UtteranceDataset, made: Generated, run_folder: Path, code_count: int) -> dict[str, Any]:
+def report_units(dataset: UtteranceDataset, made: Generated, run_folder: Path) -> dict[str, Any]:
     """Hold generated units against the true ones: numbers, a file with both, and a picture.
 
     Args:
         dataset: the utterances.
         made: what was generated for them.
         run_folder: where to write.
-        code_count: S3 codes there are.
 
     Returns:
         the measures by name.
@@ -83,7 +82,6 @@ def report_units(dataset: UtteranceDataset, made: Generated, run_folder: Path, c
     plot_units(
         run_folder / "figures" / "units.png",
         [(utt_id, row, predicted) for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]],
-        code_count,
     )
     for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]:
         print(f"\n{utt_id}: {dataset.info(utt_id).get('text', '')}")
@@ -132,9 +130,9 @@ def decode_units(
             write_wav(path, speech.waveform, decoder.sample_rate_hz)
             written.append(str(path))
             mels[{"true": "from the true units", "pred": "from the generated units"}[name]] = speech.mel
-        plot_mels(
-            run_folder / "figures" / f"{utt_id}_mels.png", mels, f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
-        )
+        if mels:
+            title = f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
+            plot_mels(run_folder / "figures" / f"{utt_id}_mels.png", mels, title)
     if too_short:
         print(f"too short for a sound, no wav written: {', '.join(too_short)}")
     return written
