@@ -1,7 +1,7 @@
 """Measures how fast flow and HiFT turn S3 tokens into a waveform, with random weights.
 
-    python -m benchmarks.flow_hift                 # 300M sizes: about a minute on two cores
-    python -m benchmarks.flow_hift --size small    # a few seconds
+    python benchmarks/flow_hift.py                 # 300M sizes: about a minute on two cores
+    python benchmarks/flow_hift.py --size small    # a few seconds
 
 Prints the real-time factor (seconds of computing a second of audio) of each part, and how the flow's one estimator call
 on guided and unguided rows together compares with two calls a step, measured in the same run.
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import taste  # noqa: F401 - makes the cosyvoice folder importable
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# isort: split
-
+import taste  # noqa: F401 - makes `cosyvoice` importable
 from benchmarks.flow_hift_models import build_flow, build_hift
 from cosyvoice.flow.flow import EULER_STEPS
 from cosyvoice.flow.flow_matching import ConditionalCFM
@@ -33,16 +34,17 @@ REPEATS = 3  # timed runs of each part, after one that is not timed
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 
 
-def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Time `run` after one untimed call."""
-    elapsed = []
+def median_seconds(parts: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Time every part in turn, `repeats` rounds after one untimed, so that other load meets all alike."""
+    elapsed: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elapsed.append(time.perf_counter() - start)
-    return statistics.median(elapsed[1:])
+        for name, run in parts.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in elapsed.items()}
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "solver, two calls a step": lambda: solve_with_two_calls(flow.decoder, noise, mu, mask, spks, cond),
     }
     print(f"{settings.size}, {audio_seconds:.2f} s of audio, {device}, {torch.get_num_threads()} threads, float32")
-    seconds = {name: median_seconds(run, settings.repeats, device) for name, run in parts.items()}
+    seconds = median_seconds(parts, settings.repeats, device)
     for name, value in seconds.items():
         print(f"  {name:<26} {value:8.3f} s   real-time factor {value / audio_seconds:.3f}")
     ratio = seconds["solver, two calls a step"] / seconds["solver, one call a step"]
