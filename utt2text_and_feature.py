@@ -14,6 +14,7 @@ Run the same command again after any stop: it goes on where it was. Exit codes: 
 """
 
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -62,7 +63,7 @@ SUBSET_RATIO = 1.0  # share of the manifest to use, lines taken evenly from all 
 MAX_DURATION = 30.0  # seconds; longer recordings are listed as failures
 MID_LAYER = 6  # Whisper block to tap: 6 is the paper's, 16 the course template's
 BATCH_SIZE = 8  # recordings a pass of the encoder
-NUM_WORKERS = 4  # threads that read and embed recordings while the encoder works
+NUM_WORKERS = None  # int: threads that read recordings while the encoder works; none is one a core, at most 16
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 ENCODER_DTYPE = "auto"  # float16, bfloat16, float32; auto is float16 on CUDA, float32 on a CPU
 FEATURE_DTYPE = "float16"  # of the stored Whisper features: float16, bfloat16, float32
@@ -74,6 +75,7 @@ MEMORY_LIMIT_PERCENT = 90.0  # of the machine's or the container's memory; above
 # T text tokens   A Whisper frames, 50 Hz   D channels
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SPEAKER_MODEL = "campplus.onnx"
+_MOST_WORKERS = 16
 _MEASURED_RECORDINGS = 200  # the disk use is estimated from so many
 _SOME_FAILED_EXIT_CODE = 3
 _MEMORY_STOP_EXIT_CODE = 75  # EX_TEMPFAIL: try again later
@@ -103,7 +105,7 @@ def check_settings(settings: Settings) -> None:
     if settings.encoder_dtype not in ("auto", *_DTYPES):
         problems.append(f"ENCODER_DTYPE is {settings.encoder_dtype!r}; expected auto or one of {', '.join(_DTYPES)}")
     for name in ("batch_size", "num_workers", "chunk_utterances", "max_duration", "memory_limit_percent"):
-        if getattr(settings, name) <= 0:
+        if getattr(settings, name) is not None and getattr(settings, name) <= 0:
             problems.append(f"{name.upper()} is {getattr(settings, name)}; expected more than 0")
     if problems:
         raise ValueError("; ".join(problems))
@@ -266,11 +268,12 @@ def extract(
     guard = MemoryGuard(settings.memory_limit_percent)
     dtype = _DTYPES[settings.feature_dtype]
     work = partial(prepare, models=models, max_duration=settings.max_duration)
+    workers = settings.num_workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     progress = Progress()
     total = done + sum(len(batch) for batch in batches)
     started = time.monotonic()
     with tqdm(total=total, initial=done, unit="utt", dynamic_ncols=True) as bar:
-        for results in prefetched(batches, work, settings.num_workers):
+        for results in prefetched(batches, work, workers):
             failed = [result for result in results if isinstance(result, Failure)]
             usable = [result for result in results if isinstance(result, Prepared)]
             try:

@@ -66,10 +66,9 @@ def prepare(utterance: Utterance, models: Models, max_duration: float) -> Prepar
     """
     try:
         text = tokenize(models.tokenizer, utterance.text)
-        seconds = duration_seconds(utterance.audio_path)
-        if seconds > max_duration:
-            raise ValueError(f"lasts {seconds:.3f} s, over MAX_DURATION ({max_duration:g} s)")
+        _check_duration(duration_seconds(utterance.audio_path), max_duration)
         audio = read_audio(utterance.audio_path, SAMPLE_RATE_HZ)
+        _check_duration(audio.duration_seconds, max_duration)  # the header of an mp3 only estimates it
         return Prepared(utterance, audio.waveform, audio.duration_seconds, text, models.speaker.embed(audio.waveform))
     except (ValueError, OSError) as error:  # what a recording or a transcript can cause; anything else is a bug
         return Failure(utterance.utt_id, str(utterance.audio_path), str(error))
@@ -111,3 +110,8 @@ def add_batch(batch: Sequence[Prepared], models: Models, outputs: Outputs, dtype
             if utterance.utt_id not in writer.done_ids:
                 writer.add(utterance.utt_id, value)
     return failures
+
+
+def _check_duration(seconds: float, max_duration: float) -> None:
+    if seconds > max_duration:
+        raise ValueError(f"lasts {seconds:.3f} s, over MAX_DURATION ({max_duration:g} s)")
