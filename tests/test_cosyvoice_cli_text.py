@@ -94,6 +94,7 @@ def test_sentences_are_joined_up_to_the_maximum_and_a_short_end_joins_the_piece_
         " b b b b.",
         " c c c c. d.",
     ]
+    assert split_paragraph("a a a a. d.", str.split, "en", 4, 3, merge_len=1) == ["a a a a.", " d."]
 
 
 def test_commas_cut_where_that_is_asked_for():
