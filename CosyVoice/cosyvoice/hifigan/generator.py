@@ -20,9 +20,7 @@ from cosyvoice.utils.precision import full_precision
 
 SINE_SAMPLE_RATE_HZ = 22_050  # the rate of the 300M models, whose sine generator this is
 MAX_MAGNITUDE = 100.0  # of one STFT bin
-FINAL_LRELU_SLOPE = (
-    0.01  # before the last convolution the published code forgets `lrelu_slope`; trained weights need it
-)
+FINAL_LRELU_SLOPE = 0.01  # before the last convolution: not `lrelu_slope`, as the weights were trained
 SNAKE_EPSILON = 1e-9
 
 # The weights keep PyTorch's default initialisation. The published code asks for a normal one of deviation 0.01, which
