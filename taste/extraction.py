@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -19,8 +19,6 @@ from taste.recordings import Recording, plan_batches
 from taste.utterance_features import Failure
 
 SOME_FAILED_EXIT_CODE = 3
-
-Item = TypeVar("Item")
 
 
 class Work(NamedTuple):
@@ -67,7 +65,6 @@ def extract(
         OSError: the output cannot be written (disk full, say); what was written before is safe.
         OutputBusyError: another process writes the same output.
     """
-    failures: list[Failure] = []
     with StopRequest() as stop, FeatureWriter(output) as writer:
         present = [place for place in (output, chunk_folder(output)) if place.exists()]
         check_made_with(output.with_suffix(".made_with.json"), made_with, present)
@@ -78,17 +75,13 @@ def extract(
         print(f"{len(recordings)} recordings, {done} of them done before")
 
         started = time.monotonic()
+        failures: list[Failure] = []
         with tqdm(total=len(recordings), initial=done, unit="utt", dynamic_ncols=True) as bar:
             for results in prefetched(left, lambda item: _prepare(item, work), num_threads):
-                usable = [result for result in results if not isinstance(result, Failure)]
-                values = work.compute([prepared for _, prepared in usable]) if usable else []
-                for (utt_id, _), value in zip(usable, values, strict=True):
-                    writer.add(utt_id, value)
-                if writer.is_full:
-                    writer.flush()
-                for failure in (result for result in results if isinstance(result, Failure)):
+                failed = _store_batch(results, work, writer)
+                for failure in failed:
                     bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
-                    failures.append(failure)
+                failures += failed
                 bar.update(len(results))
                 if stop.requested:
                     break
@@ -108,6 +101,17 @@ def _prepare(recording: Recording, work: Work) -> tuple[str, Any] | Failure:
         return recording.utt_id, work.prepare(recording.audio_path)
     except ValueError as error:  # what our readers raise for a recording; anything else is a bug
         return Failure(recording.utt_id, str(recording.audio_path), str(error))
+
+
+def _store_batch(results: Sequence[tuple[str, Any] | Failure], work: Work, writer: FeatureWriter) -> list[Failure]:
+    """Compute and store what could be prepared of a batch; returns what could not."""
+    usable = [result for result in results if not isinstance(result, Failure)]
+    values = work.compute([prepared for _, prepared in usable]) if usable else []
+    for (utt_id, _), value in zip(usable, values, strict=True):
+        writer.add(utt_id, value)
+    if writer.is_full:
+        writer.flush()
+    return [result for result in results if isinstance(result, Failure)]
 
 
 def _list_failures(path: Path, failures: Sequence[Failure]) -> None:

@@ -16,6 +16,7 @@ from s3tokenizer.model import ModelConfig, S3Tokenizer
 from cosyvoice.utils.audio import speaker_fbank
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import ModelDir, load_part, sizes
+from cosyvoice.utils.onnx_session import OnnxSession
 from taste.manifest import Utterance, read_manifest
 from taste.s3_units import open_extractor, read_recording
 from taste.speaker import SpeakerEncoder
@@ -134,15 +135,28 @@ def test_speech_tokenizer_file_has_the_released_inputs_and_names(make_model: Mod
     assert all(value.any() for key, value in model.state_dict().items() if key.endswith(("weight", "embed")))
 
 
-def test_speech_tokenizer_file_ignores_frames_past_the_length(make_model: ModuleType, tmp_path: Path) -> None:
-    from cosyvoice.utils.onnx_session import OnnxSession
+def test_speech_tokenizer_file_computes_what_s3tokenizer_computes(make_model: ModuleType, tmp_path: Path) -> None:
+    from s3_tokenizer_onnx import build_speech_tokenizer
 
-    mel = torch.randn(1, 128, 200, generator=torch.Generator().manual_seed(0)).numpy()
-    session = OnnxSession(TINY / "speech_tokenizer_v1.onnx")
-    whole = session.run(mel, np.array([121], dtype=np.int32))
-    cut = session.run(np.ascontiguousarray(mel[:, :, :121]), np.array([121], dtype=np.int32))
-    assert whole.shape == (1, 100)
-    assert cut.tolist() == whole[:, :61].tolist()
+    torch.manual_seed(0)
+    model = S3Tokenizer("speech_tokenizer_v1", ModelConfig(n_audio_state=128, n_audio_head=2, n_audio_layer=2)).eval()
+    mels = [torch.randn(128, 200) for _ in range(3)]
+    with torch.no_grad():
+        for weight in model.parameters():  # everything matters: attention, biases, norms
+            weight.copy_(torch.randn_like(weight) * (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.5))
+        states = torch.cat([model.encoder(mel[None], torch.tensor([200]))[0][0] for mel in mels])
+        codes = torch.randn(4096, 128)
+        codes[: len(states)] = states  # each state near a code of its own
+        model.quantizer._codebook.embed.copy_(torch.nn.functional.normalize(codes, dim=1))
+    path = tmp_path / "speech_tokenizer_v1.onnx"
+    onnx.save(build_speech_tokenizer(model.state_dict(), num_heads=2), path)
+    session = OnnxSession(path)
+    for mel in mels:
+        for num_frames in (1, 60, 121, 200):
+            expected, _ = model.quantize(mel[None, :, :num_frames], torch.tensor([num_frames]))
+            units = session.run(mel[None].numpy(), np.array([num_frames], dtype=np.int32))  # frames past it are ignored
+            assert units.shape == (1, 100)
+            assert units[0, : -(-num_frames // 2)].tolist() == expected[0].tolist()
 
 
 def test_speaker_file_averages_over_time(make_model: ModuleType, utterances: list[Utterance], tmp_path: Path) -> None:
