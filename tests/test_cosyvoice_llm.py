@@ -167,6 +167,34 @@ def test_the_loss_counts_the_s3_tokens_from_the_task_position_and_the_end(lm, ba
 # ---- writing tokens
 
 
+@pytest.mark.parametrize("name", ["llm_greedy", "llm_greedy_prompted"])
+def test_tokens_are_scored_while_writing_as_they_are_in_training(lm, golden_cases, name):
+    case, scores, trained = golden_cases[name], [], []
+
+    def recording(log_prob: Tensor, decoded: list[int], sampling: int) -> int:
+        scores.append(log_prob.clone())
+        return greedy(log_prob, decoded, sampling)
+
+    lm.sampling = recording
+    written = write(lm, case, min_token_text_ratio=0, max_token_text_ratio=3)
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    text = torch.cat([case.get("prompt_text", nothing), case["text"]], dim=1)
+    speech = torch.cat([case.get("prompt_speech_token", nothing), torch.tensor([written])], dim=1)
+    lm.llm_decoder.register_forward_hook(lambda module, inputs, output: trained.append(output.detach()))
+    lm(
+        {
+            "text_token": text,
+            "text_token_len": torch.tensor([text.size(1)]),
+            "speech_token": speech,
+            "speech_token_len": torch.tensor([speech.size(1)]),
+            "embedding": case["embedding"],
+        },
+        "cpu",
+    )
+    expected = trained[0][0].log_softmax(dim=-1)[-len(written) - 1 :]
+    assert relative_error(torch.stack(scores), expected[: len(scores)]) < TOLERANCE
+
+
 def test_the_end_is_forbidden_before_the_fewest_tokens_and_taken_after(lm, golden_cases):
     lm.sampling = lambda log_prob, decoded, sampling: 64 if math.isfinite(log_prob[64]) else 7
     assert write(lm, golden_cases["llm_greedy"]) == [7] * 16  # 8 text tokens, 2 for each

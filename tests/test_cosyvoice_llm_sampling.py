@@ -86,6 +86,7 @@ def test_accuracy_counts_the_positions_that_have_a_target():
     scores = torch.eye(4)[torch.tensor([[0, 1, 2], [3, 0, 0]])].reshape(6, 4)
     targets = torch.tensor([[0, 1, 1], [3, -1, -1]])
     assert float(th_accuracy(scores, targets, ignore_label=-1)) == 0.75
+    assert float(th_accuracy(scores, targets, ignore_label=1)) == 0.5  # a class may be the one that does not count
 
 
 @pytest.mark.parametrize("shape", [(1, 80, 30), (1, 400)])

@@ -157,9 +157,8 @@ class TransformerLM(nn.Module):
         """
         text, _ = self.encode(self.text_embedding(torch.cat([prompt_text, text], dim=1)), text_len + prompt_text_len)
         sos, task = self._marks()
-        speaker = self._embed_speaker(embedding) if len(embedding) else []
         prompt = self.speech_embedding(prompt_speech_token[0, : int(prompt_speech_token_len)])
-        frames = torch.cat([sos, *speaker, text[0], task, prompt]).unsqueeze(0)
+        frames = torch.cat([sos, *self._embed_speaker(embedding), text[0], task, prompt]).unsqueeze(0)
 
         fewest, most = int(text_len * min_token_text_ratio), int(text_len * max_token_text_ratio)
         cache = self.llm.new_cache(1, frames.size(1) + max(most, 1), device=frames.device)
