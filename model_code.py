@@ -60,7 +60,7 @@ USE_SPEAKER = True  # give the LM the speaker's vector
 NUM_EPOCHS = 12  # passes over the training set; 0: train nothing, evaluate and generate only
 BATCH_SIZE = 8  # utterances a process looks at together; 16 for 300M on a GPU with 24 GB
 ACCUMULATION_STEPS = 1  # batches that make one step of the optimizer; 4 for 300M
-LR = 1e-3  # peak learning rate; for 300M 1e-4 (FREEZE_LLM = False: 2e-5)
+LR = 3e-3  # peak learning rate; for 300M 1e-4 (FREEZE_LLM = False: 2e-5)
 WARMUP_STEPS = 10  # steps until the peak; 1000 for 300M
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -266,9 +266,12 @@ def train(
     notes = {"settings": settings.to_dict(), "commit": code_commit(taste.REPOSITORY)}
     curve_path = Path(settings.loss_curve_path or Path(__file__).with_name("loss_curve.png"))
 
+    def draw(history: list[dict[str, Any]]) -> None:
+        plot_losses(curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
+
     def show_epoch(history: list[dict[str, Any]]) -> None:
         print(_epoch_line(history[-1]), flush=True)
-        plot_losses(curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
+        draw(history)
 
     trainer = Trainer(model, train_set, test_set, config, run_folder, accelerator, notes, stop_requested, show_epoch)
     if checkpoint_path:
@@ -277,6 +280,7 @@ def train(
         trainer.resume(checkpoint)
         if accelerator.is_main_process:
             print(f"going on from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+            draw(trainer.progress.history)
     elif accelerator.is_main_process:
         for left_over in (trainer.last_path, trainer.best_path):
             left_over.unlink(missing_ok=True)

@@ -1,0 +1,279 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+import model_code
+from taste.checkpoint import load_checkpoint
+from tests.small_model_folder import write_small_model_folder
+from tests.small_stage3 import random_examples, write_features
+
+REPOSITORY = Path(__file__).parent.parent
+LENGTHS = [(2 + number % 4, 5 + 3 * (number % 5)) for number in range(10)]
+QUICK = {"num_epochs": 2, "batch_size": 4, "warmup_steps": 2, "generate_utterances": 0}
+SPEAKING = {"generate_utterances": 2, "decode_wavs": 1}
+KILL_TIMEOUT_SECONDS = 120
+
+
+class Workplace:
+    """A small model folder with features beside it, and the command line that names them."""
+
+    def __init__(self, folder: Path, golden_dir: Path) -> None:
+        self.folder = folder
+        write_small_model_folder(folder / "model", golden_dir)
+        self.train = write_features(folder, "train", random_examples(LENGTHS))
+        self.test = write_features(folder, "test", random_examples(LENGTHS[:3], seed=1))
+
+    def words(self, **options) -> list[str]:
+        values = {
+            "cosyvoice_model_dir": self.folder / "model",
+            "exp_dir": self.folder / "exp",
+            "loss_curve_path": self.folder / "loss_curve.png",
+            "device": "cpu",
+            **QUICK,
+        }
+        for split, paths in (("train", self.train), ("test", self.test)):
+            values |= {
+                f"{split}_utt2_s3_path": paths.units,
+                f"{split}_utt2_text_emb_path": paths.text,
+                f"{split}_utt2_whisper_path": paths.speech,
+                f"{split}_utt2info_path": paths.info,
+            }
+        return [word for name, value in (values | options).items() for word in (f"--{name}", str(value))]
+
+    def run(self, **options) -> int:
+        return model_code.main(self.words(**options))
+
+    def metrics(self, run: str = "simple") -> dict:
+        return json.loads((self.folder / "exp" / run / "metrics.json").read_text())
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        return load_checkpoint(self.folder / "exp" / run / "checkpoints" / "last.pt").weights
+
+
+@pytest.fixture
+def work(tmp_path, golden_dir) -> Workplace:
+    return Workplace(tmp_path, golden_dir)
+
+
+def assert_same_run(work: Workplace, one: str, two: str) -> None:
+    """Weights and results equal to the last bit."""
+    first, second = work.weights(one), work.weights(two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert work.metrics(one)["history"] == work.metrics(two)["history"]
+    assert work.metrics(one)["generation"] == work.metrics(two)["generation"]
+
+
+def test_both_classes_are_importable_from_the_script():
+    from model_code import CosyVoiceS3Model, SimpleTextSpeechAggregator
+
+    assert issubclass(CosyVoiceS3Model, torch.nn.Module) and issubclass(SimpleTextSpeechAggregator, torch.nn.Module)
+
+
+@pytest.mark.parametrize("variant", ["text_only", "simple"])
+def test_a_run_writes_all_that_it_promises(work, variant, capsys):
+    assert work.run(variant=variant, **SPEAKING) == 0
+    run = work.folder / "exp" / variant
+    assert (work.folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("settings.json", "metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.json", "figures/units.png"):
+        assert (run / name).is_file(), name
+    metrics = work.metrics(variant)
+    assert [entry["epoch"] for entry in metrics["history"]] == [0, 1, 2]
+    assert metrics["history"][2]["test"]["loss"] < metrics["history"][0]["test"]["loss"]
+    assert metrics["generation"]["utterances"] == 2
+    units = json.loads((run / "generated_units.json").read_text())
+    assert units["utt-00"]["true"] == random_examples(LENGTHS[:1], seed=1)[0].units.tolist()
+    for name in ("true", "pred"):
+        info = soundfile.info(run / "wavs" / f"utt-00_{name}.wav")
+        assert info.samplerate == 22_050
+    assert soundfile.info(run / "wavs" / "utt-00_true.wav").frames == int(5 / 50 * 22_050 / 256) * 256
+    assert (run / "figures" / "utt-00_mels.png").is_file()
+    told = capsys.readouterr().out
+    assert "epoch   2" in told and "test top-1" in told and "generated: token error rate" in told
+
+
+def test_the_same_command_again_trains_nothing_more(work):
+    assert work.run() == 0
+    weights, metrics = work.weights("simple"), work.metrics()
+    (work.folder / "loss_curve.png").unlink()
+    assert work.run() == 0
+    assert (work.folder / "loss_curve.png").exists()
+    assert all(torch.equal(value, work.weights("simple")[name]) for name, value in weights.items())
+    assert work.metrics() == metrics
+
+
+def test_more_epochs_go_on_from_the_last_checkpoint(work, capsys):
+    assert work.run(num_epochs=1) == 0
+    assert work.run(num_epochs=3) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert [entry["epoch"] for entry in work.metrics()["history"]] == [0, 1, 2, 3]
+
+
+def test_changed_settings_do_not_mix_with_an_earlier_run(work, capsys):
+    assert work.run() == 0
+    before = work.weights("simple")
+    assert work.run(lr=0.5) == 1
+    told = capsys.readouterr().err
+    assert "LR was 0.003, is 0.5" in told and "--run-name" in told and "--resume never" in told
+    assert all(torch.equal(value, work.weights("simple")[name]) for name, value in before.items())
+    assert work.run(lr=0.5, run_name="fast") == 0
+    assert work.run(lr=0.01, resume="never") == 0
+
+
+def test_a_checkpoint_can_be_evaluated_without_training(work):
+    spoken = {**SPEAKING, "decode_wavs": 0}
+    assert work.run(**spoken) == 0
+    trained = work.metrics()
+    best = work.folder / "exp" / "simple" / "checkpoints" / "best.pt"
+    assert work.run(num_epochs=0, resume=best, run_name="look", **spoken) == 0
+    assert work.metrics("look")["test"]["loss"] == pytest.approx(trained["test"]["loss"], rel=1e-6)
+    assert work.metrics("look")["generation"] == trained["generation"]
+    assert not (work.folder / "exp" / "look" / "checkpoints").exists()
+    assert work.run(num_epochs=0) == 0  # without a path: the best of the run itself
+    assert work.metrics()["test"] == work.metrics("look")["test"]
+    assert work.metrics()["history"] == trained["history"]
+
+
+def test_the_model_folder_can_be_evaluated_as_it_is(work):
+    assert work.run(num_epochs=0, variant="text_only", freeze_llm=True) == 0
+    assert work.metrics("text_only").keys() == {"checkpoint", "test"}
+
+
+def test_without_a_test_set_some_training_utterances_are_held_out(work, capsys):
+    for path in (work.test.units, work.test.text, work.test.speech, work.test.info):
+        path.unlink()
+    assert work.run() == 0
+    assert "no test set: 1 of 10 training utterances are held out" in capsys.readouterr().out
+
+
+def test_half_a_test_set_is_an_error(work, capsys):
+    work.test.speech.unlink()
+    assert work.run() == 1
+    assert "missing feature files" in capsys.readouterr().err
+
+
+def test_without_utterance_info_the_speaker_is_left_out(work, capsys):
+    work.train.info.unlink()
+    assert work.run() == 0
+    assert "the speaker's position is left out" in capsys.readouterr().out
+    assert not any(name.startswith("llm.spk_embed") for name in work.weights("simple"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_utt2_s3_path": "nowhere.pt"}, "missing feature files: nowhere.pt"),
+        ({"cosyvoice_model_dir": "nowhere"}, "nowhere"),
+        ({"variant": "taste_99"}, "VARIANT is 'taste_99'"),
+        ({"variant": "text_only", "freeze_llm": True}, "nothing to learn"),
+        ({"sampling": "beam"}, "SAMPLING is 'beam'"),
+        ({"resume": "nowhere.pt"}, "RESUME is 'nowhere.pt'"),
+        ({"device": "cuda:77"}, "cuda:77"),
+        ({"lr": "-1"}, "LR is -1"),
+    ],
+)
+def test_what_cannot_work_ends_with_a_message_and_code_1(work, capsys, options, message):
+    assert work.run(**options) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("model_code.py: error:") and message in told
+
+
+def test_an_unknown_flag_ends_with_code_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        model_code.main(["--no-such-flag", "3"])
+    assert caught.value.code == 2
+
+
+def test_features_of_another_model_folder_are_an_error(work, capsys):
+    torch.save({f"utt-{number:02d}": torch.zeros(3, 512) for number in range(10)}, work.train.text)
+    assert work.run() == 1
+    assert "text embedding is 512 wide, the model's is 24" in capsys.readouterr().err
+
+
+def test_a_prediction_too_short_for_a_sound_is_reported(work, capsys, monkeypatch):
+    monkeypatch.setattr("taste.results.LEAST_UNITS", 10_000)
+    assert work.run(num_epochs=1, **SPEAKING) == 0
+    assert "too short for a sound, no wav written: utt-00_true, utt-00_pred" in capsys.readouterr().out
+    assert work.metrics()["wavs"] == []
+
+
+def start(work: Workplace, **options) -> subprocess.Popen:
+    """The script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "model_code.py"), *work.words(**options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=work.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(work: Workplace, run: str, steps: int) -> None:
+    """Until the record of the run has so many steps."""
+    record = work.folder / "exp" / run / "metrics.jsonl"
+    end = time.monotonic() + KILL_TIMEOUT_SECONDS
+    while not record.exists() or record.read_text().count('"step", "step"') < steps:
+        assert time.monotonic() < end, "the run never came so far"
+        time.sleep(0.01)
+
+
+UNTIL_THE_END = {"num_epochs": 6, "batch_size": 2, "checkpoint_every": 2, **SPEAKING, "decode_wavs": 0}  # 30 steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, golden_dir) -> Workplace:
+    """A workplace where one run has come to its end."""
+    work = Workplace(tmp_path_factory.mktemp("undisturbed"), golden_dir)
+    assert work.run(run_name="alone", **UNTIL_THE_END) == 0
+    return work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "steps", "code"),
+    [(signal.SIGKILL, 7, -signal.SIGKILL), (signal.SIGTERM, 11, 143), (signal.SIGINT, 3, 130)],
+)
+def test_a_run_ended_by_a_signal_and_started_again_equals_one_left_alone(undisturbed, number, steps, code):
+    work, name = undisturbed, f"ended_by_{number}"
+    process = start(work, run_name=name, **UNTIL_THE_END)
+    wait_for_steps(work, name, steps)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=KILL_TIMEOUT_SECONDS)
+    assert process.returncode == code, told
+    if number != signal.SIGKILL:
+        assert "The same command goes on from there" in told
+    reached = load_checkpoint(work.folder / "exp" / name / "checkpoints" / "last.pt").notes["progress"]["step"]
+    assert steps - 2 <= reached < 30
+    assert work.run(run_name=name, **UNTIL_THE_END) == 0
+    assert_same_run(work, name, "alone")
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_that_accumulates_twice_as_much(work):
+    write_features(work.folder, "train", random_examples(LENGTHS[:8]))  # 4 batches: none is left out
+    frozen = {"freeze_llm": True, "batch_size": 2}  # without dropout
+    assert work.run(run_name="one", accumulation_steps=2, **frozen) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(REPOSITORY / "model_code.py"), *work.words(run_name="two", **frozen)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=work.folder,
+        capture_output=True,
+        text=True,
+        timeout=2 * KILL_TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   2") == 1  # only one of them speaks
+    for one, two in zip(work.metrics("one")["history"], work.metrics("two")["history"], strict=True):
+        for part in ("train", "test"):
+            assert two[part] == pytest.approx(one[part], rel=1e-5)
