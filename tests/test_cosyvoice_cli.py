@@ -441,6 +441,8 @@ def test_a_length_that_disagrees_with_its_tensor_is_an_error(cosy):
         list(cosy.model.tts(**inputs))
     with pytest.raises(ValueError, match="needs flow_embedding"):
         list(cosy.model.tts(text=inputs["text"]))
+    with pytest.raises(ValueError, match="needs either text or source_speech_token"):
+        list(cosy.model.tts(flow_embedding=torch.ones(1, 192)))
 
 
 def test_half_precision_without_cuda_warns_and_is_off(loaded):
@@ -480,18 +482,19 @@ def test_a_mistyped_folder_starts_no_download(tmp_path, monkeypatch):
 
 
 class Accumulator(torch.nn.Module):
-    """Adds up all frames so far; knows from its cache, and from nothing else, what came before."""
+    """Adds up all frames so far and their position; knows from cache and offset, and nothing else, what came before."""
 
     def forward(self, xs, xs_lens, decoding_chunk_size: int = 0, num_decoding_left_chunks: int = -1):
-        return xs.cumsum(1), torch.ones(1, 1, xs.size(1), dtype=torch.bool)
+        positions = torch.arange(xs.size(1)).unsqueeze(1)
+        return xs.cumsum(1) + positions, torch.ones(1, 1, xs.size(1), dtype=torch.bool)
 
     @torch.jit.export
     def forward_chunk(self, xs, offset: int, required_cache_size: int, att_cache, cnn_cache, att_mask):
         before = torch.zeros_like(xs[:, :1]) if att_cache.numel() == 0 else att_cache[0]
-        assert offset == 0 or att_cache.numel() > 0
         assert att_mask.size(2) == xs.size(1)
-        hidden = xs.cumsum(1) + before
-        return hidden, hidden[None, :, -1:], cnn_cache
+        total = xs.cumsum(1) + before
+        positions = torch.arange(offset, offset + xs.size(1)).unsqueeze(1)
+        return total + positions, total[None, :, -1:], cnn_cache
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

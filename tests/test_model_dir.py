@@ -206,6 +206,15 @@ def test_an_unknown_part_is_an_error(whole_folder):
         load_part(whole_folder, "vocoder")
 
 
+@pytest.mark.parametrize("value", ["!new:omegaconf.DictConfig {content: {a: 1}}", "22050", "!ref <hift>"])
+def test_a_part_that_the_configuration_gives_as_something_else_is_refused(folder, value):
+    text = (folder / "cosyvoice.yaml").read_text()
+    start, end = text.index("llm: !new:"), text.index("flow: !new:")
+    (folder / "cosyvoice.yaml").write_text(f"{text[:start]}llm: {value}\n{text[end:]}")
+    with pytest.raises(ConfigError, match=r"llm is a .*wanted a TransformerLM"):
+        load_part(folder, "llm")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "faulty"),
     [
@@ -250,7 +259,7 @@ class Payload:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Payload()}, "bad.pt", _use_new_zipfile_serialization=zipped)
-    Path("plain.pt").write_bytes(pickle.dumps(Payload()))
+    Path("plain.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     for name in ("bad.pt", "plain.pt"):
         with pytest.raises(ValueError, match="truncated, damaged, or holds more than tensors"):
             read_torch_file(name)

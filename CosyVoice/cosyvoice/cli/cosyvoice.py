@@ -18,7 +18,6 @@ from cosyvoice.utils.model_dir import (
     SPEAKER_MODEL_FILE,
     SPEAKERS_FILE,
     SPEECH_TOKENIZER_FILE,
-    WEIGHT_FILES,
     ModelDir,
     load_part,
 )
@@ -55,6 +54,7 @@ class CosyVoice:
         load_jit: bool = False,
         load_trt: bool = False,
         fp16: bool = False,
+        *,
         device: str | torch.device | None = None,
     ) -> None:
         folder = ModelDir(model_dir).check()
@@ -68,14 +68,16 @@ class CosyVoice:
             folder.file(SPEECH_TOKENIZER_FILE),
             folder.file(SPEAKERS_FILE),
             config["allowed_special"],
-            device,
+            device=device,
         )
         if self.frontend.sample_rate != self.sample_rate:
             raise ConfigError(
                 f"{folder.file(CONFIG_FILE)}: sample_rate is {self.sample_rate} Hz "
                 f"but feat_extractor works at {self.frontend.sample_rate} Hz"
             )
-        self.model = CosyVoiceModel(*(load_part(folder, part) for part in WEIGHT_FILES), fp16=fp16, device=device)
+        self.model = CosyVoiceModel(
+            load_part(folder, "llm"), load_part(folder, "flow"), load_part(folder, "hift"), fp16, device=device
+        )
         self.fp16 = self.model.fp16
         precision = "fp16" if self.fp16 else "fp32"
         if load_jit:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class CosyVoiceFrontEnd:
         speech_tokenizer_model: str | Path,
         spk2info: str | Path = "",
         allowed_special: str | set[str] = "all",
+        *,
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -87,6 +88,12 @@ class CosyVoiceFrontEnd:
         self.text_frontend = "wetext" if importlib.util.find_spec("wetext") else ""
 
     # ---- text
+
+    @overload
+    def text_normalize(self, text: str, split: Literal[True] = True, text_frontend: bool = True) -> list[str]: ...
+
+    @overload
+    def text_normalize(self, text: str, split: Literal[False], text_frontend: bool = True) -> str: ...
 
     def text_normalize(self, text: str, split: bool = True, text_frontend: bool = True) -> list[str] | str:
         """Write a text as it is spoken, and cut it into pieces the language model can say in one breath.
@@ -176,8 +183,7 @@ class CosyVoiceFrontEnd:
 
         A waveform given here is at the model's rate already, as it was in the scripts that call this with one.
         """
-        is_waveform = isinstance(prompt_wav, Tensor)
-        waveform = prompt_wav.reshape(1, -1) if is_waveform else self._waveform(prompt_wav, self.sample_rate)
+        waveform = prompt_wav if isinstance(prompt_wav, Tensor) else self._waveform(prompt_wav, self.sample_rate)
         mel = self.feat_extractor(waveform).transpose(1, 2).to(self.device)
         return mel, torch.tensor([mel.shape[1]], dtype=torch.int32, device=self.device)
 

@@ -16,10 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosyvoice.cli.token_stream import Emit, TokenStream
 from cosyvoice.cli.torchscript import ScriptedEncoder
+from cosyvoice.flow.flow import MaskedDiffWithXvec
+from cosyvoice.hifigan.generator import HiFTGenerator
+from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.common import fade_in_out
 from cosyvoice.utils.model_dir import load_weights
 
@@ -73,10 +76,11 @@ class CosyVoiceModel:
 
     def __init__(
         self,
-        llm: nn.Module,
-        flow: nn.Module,
-        hift: nn.Module,
+        llm: TransformerLM,
+        flow: MaskedDiffWithXvec,
+        hift: HiFTGenerator,
         fp16: bool = False,
+        *,
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -287,11 +291,8 @@ class CosyVoiceModel:
             Exception: whatever the language model raised, in its own thread or not.
         """
         _check_speed(speed)
-        if flow_embedding is None or (text is None) == (source_speech_token is None):
-            raise ValueError("tts needs flow_embedding, and either text or source_speech_token")
-        for name, tokens in (("text", text), ("source_speech_token", source_speech_token)):
-            if tokens is not None and tokens.shape[1] == 0:
-                raise ValueError(f"{name} is empty: there is nothing to say")
+        if flow_embedding is None:
+            raise ValueError("tts needs flow_embedding, the speaker vector")
         for name, tensor, length in (
             ("text", text, text_len),
             ("prompt_text", prompt_text, prompt_text_len),
@@ -303,13 +304,7 @@ class CosyVoiceModel:
             if tensor is not None and length is not None and int(length) != tensor.shape[1]:
                 raise ValueError(f"{name} has {tensor.shape[1]} places but {name}_len says {int(length)}")
 
-        if source_speech_token is not None:
-            write = partial(_write_all, source_speech_token.flatten().tolist())
-        else:
-            speaker = llm_embedding if llm_embedding is not None else torch.zeros(0, SPEAKER_WIDTH)
-            write = partial(
-                self._write_tokens, text, _or_empty(prompt_text), _or_empty(llm_prompt_speech_token), speaker
-            )
+        write = self._writer(text, source_speech_token, prompt_text, llm_prompt_speech_token, llm_embedding)
         prompt = FlowPrompt(
             _or_empty(flow_prompt_speech_token),
             prompt_speech_feat if prompt_speech_feat is not None else torch.zeros(1, 0, MEL_BINS),
@@ -326,11 +321,30 @@ class CosyVoiceModel:
         finally:
             self.sessions.pop(uuid, None)
 
+    def _writer(
+        self,
+        text: Tensor | None,
+        source_speech_token: Tensor | None,
+        prompt_text: Tensor | None,
+        prompt_speech_token: Tensor | None,
+        embedding: Tensor | None,
+    ) -> Callable[[Emit], None]:
+        """What will write the S3 tokens: the language model, or the recording that has them already."""
+        for name, tokens in (("text", text), ("source_speech_token", source_speech_token)):
+            if tokens is not None and tokens.shape[1] == 0:
+                raise ValueError(f"{name} is empty: there is nothing to say")
+        if text is None and source_speech_token is not None:
+            return partial(_write_all, source_speech_token.flatten().tolist())
+        if text is not None and source_speech_token is None:
+            speaker = embedding if embedding is not None else torch.zeros(0, SPEAKER_WIDTH)
+            return partial(self._write_tokens, text, _or_empty(prompt_text), _or_empty(prompt_speech_token), speaker)
+        raise ValueError("tts needs either text or source_speech_token")
+
     def _speak_in_chunks(
         self, write: Callable[[Emit], None], prompt: FlowPrompt, uuid: str, speed: float
     ) -> Iterator[Speech]:
         """Yield a chunk whenever its tokens and the overlap are there, then the rest."""
-        start, hop = 0, self.token_min_hop_len
+        start, hop = 0, int(self.token_min_hop_len)
         with TokenStream(write) as tokens:
             while tokens.has(start + hop + self.token_overlap_len):
                 chunk = tokens[start : start + hop + self.token_overlap_len]

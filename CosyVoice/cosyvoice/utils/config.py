@@ -59,7 +59,7 @@ SEEDING_CALLS = frozenset(
 # Training parts of a released file (data pipeline, discriminators) may be named under keys that are not built.
 UNBUILT_NAMESPACES = ("cosyvoice.", "matcha.")
 
-MAX_FILE_BYTES = 1 << 20  # a released file has 8 kB
+MAX_FILE_BYTES = 1 << 16  # a released file has 8 kB
 MAX_DEPTH = 32  # nesting, and length of a chain of references
 MAX_VALUES = 100_000  # values after references are followed
 

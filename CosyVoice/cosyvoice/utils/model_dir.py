@@ -13,7 +13,7 @@ import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from cosyvoice.utils.config import Call, ConfigError, load_config, read_config
 
+if TYPE_CHECKING:
+    from cosyvoice.flow.flow import MaskedDiffWithXvec
+    from cosyvoice.hifigan.generator import HiFTGenerator
+    from cosyvoice.llm.llm import TransformerLM
+
 CONFIG_FILE = "cosyvoice.yaml"
 WEIGHT_FILES = {"llm": "llm.pt", "flow": "flow.pt", "hift": "hift.pt"}
+PART_CLASSES = {"llm": "TransformerLM", "flow": "MaskedDiffWithXvec", "hift": "HiFTGenerator"}
 SPEAKER_MODEL_FILE = "campplus.onnx"
 SPEECH_TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 SPEAKERS_FILE = "spk2info.pt"
@@ -52,7 +58,7 @@ class ModelDir:
     """
 
     def __init__(self, path: "str | Path | ModelDir") -> None:
-        self.path = path.path if isinstance(path, ModelDir) else Path(path).expanduser()
+        self.path: Path = path.path if isinstance(path, ModelDir) else Path(path).expanduser()
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -114,6 +120,30 @@ class ModelDir:
         return "a git-lfs pointer, not the file itself" if head == GIT_LFS_POINTER else None
 
 
+@overload
+def load_part(
+    model_dir: str | Path | ModelDir, part: Literal["llm"], device: str | torch.device = ..., dtype: torch.dtype = ...
+) -> "TransformerLM": ...
+
+
+@overload
+def load_part(
+    model_dir: str | Path | ModelDir, part: Literal["flow"], device: str | torch.device = ..., dtype: torch.dtype = ...
+) -> "MaskedDiffWithXvec": ...
+
+
+@overload
+def load_part(
+    model_dir: str | Path | ModelDir, part: Literal["hift"], device: str | torch.device = ..., dtype: torch.dtype = ...
+) -> "HiFTGenerator": ...
+
+
+@overload
+def load_part(
+    model_dir: str | Path | ModelDir, part: str, device: str | torch.device = ..., dtype: torch.dtype = ...
+) -> nn.Module: ...
+
+
 def load_part(
     model_dir: str | Path | ModelDir,
     part: str,
@@ -141,6 +171,10 @@ def load_part(
     folder = ModelDir(model_dir).check((CONFIG_FILE, WEIGHT_FILES[part]))
     with _NoInitialisation():
         module = load_config(folder.file(CONFIG_FILE), [part])[part]
+    if type(module).__name__ != PART_CLASSES[part]:
+        raise ConfigError(
+            f"{folder.file(CONFIG_FILE)}: {part} is a {type(module).__name__}, wanted a {PART_CLASSES[part]}"
+        )
     load_weights(module, folder.file(WEIGHT_FILES[part]))
     return module.to(device=device, dtype=dtype).eval()
 
