@@ -166,13 +166,13 @@ def run_each_part(folder: Path, settings: Settings, file_checks: Sequence[Check]
     Returns:
         one outcome a part; each is printed.
     """
-    from taste.deep_verify import deep_verify, load_recording
+    from taste.deep_verify import deep_verify, describe_machine, load_recording
 
     recording = load_recording(
         Path(settings.check_audio) if settings.check_audio else None, REPOSITORY / "json" / "demo_audio"
     )
     device = pick_device(settings.device)
-    print(f"\nrunning each part on {device}, listening to {recording.name}", flush=True)
+    print(f"\nrunning each part on {describe_machine(device)}\nlistening to {recording.name}", flush=True)
     remedy = (
         f"python setup_cosyvoice.py --model-dir {folder}"
         if settings.verify_only
@@ -201,8 +201,8 @@ def manual_steps(folder: Path, parts: Sequence[ModelPart]) -> str:
         the steps, several lines.
     """
     lines = [
-        "The same command goes on where this run was, once the network is back. Without one, take a machine that has one,",
-        "run either command of each pair there, and copy the folder here.",
+        "The same command goes on where this run was, once the network is back. Without one, take a machine that has",
+        "one, run either command of each pair there, and copy the folder here.",
         "",
     ]
     for part in parts:

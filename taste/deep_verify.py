@@ -67,6 +67,22 @@ def load_recording(path: Path | None, demo_folder: Path) -> Recording:
     return Recording(str(path), waveform)
 
 
+def describe_machine(device: torch.device) -> str:
+    """What the checks run on.
+
+    Args:
+        device: where the models run.
+
+    Returns:
+        one line: the device, the versions, and what onnxruntime could use here.
+    """
+    import onnxruntime
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return f"{device} ({name}), torch {torch.__version__}, onnxruntime {onnxruntime.__version__} with {providers}"
+
+
 def deep_verify(
     folder: Path,
     whisper_folder: Path | None,

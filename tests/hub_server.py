@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+STORE = "/store/"  # where large files lie
 LFS_THRESHOLD_BYTES = 1000  # larger files are listed with a sha256, smaller ones with git's sha1 alone
 
 
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     path: str  # without the query
     file: str | None  # the file's path in its repository, where one was asked for
     range: str | None  # the Range header
+    authorization: str | None
 
 
 @dataclass
@@ -51,6 +53,7 @@ class HubServer:
     faults: dict[str, Fault] = field(default_factory=dict)
     status: int | None = None  # answered to everything
     requests: list[Request] = field(default_factory=list)
+    fetches: list[Request] = field(default_factory=list)  # those of them that were for a file's content
     stalled: threading.Event = field(default_factory=threading.Event)  # a transfer has stopped as its fault says
 
     def __enter__(self) -> "HubServer":
@@ -77,14 +80,14 @@ class HubServer:
         """Where the hub answers."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    @property
-    def transfers(self) -> list[str]:
-        """The files that clients asked for, in order, once for each request."""
-        return [request.file for request in self.requests if request.method == "GET" and request.file is not None]
+    def fetches_of(self, file: str) -> list[Request]:
+        """The times that a file's content was asked for, and not just sent on from."""
+        return [request for request in self.fetches if request.file == file]
 
-    def file_requests(self, file: str) -> list[Request]:
-        """The transfers of one file that were asked for."""
-        return [request for request in self.requests if request.file == file and request.method == "GET"]
+    @property
+    def fetched(self) -> list[str]:
+        """The files whose content was asked for, in order, once for each time."""
+        return [str(request.file) for request in self.fetches]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
         repository, file, listing = _locate(path, query)
-        hub.requests.append(Request(self.command, path, file, self.headers.get("Range")))
+        request = Request(self.command, path, file, self.headers.get("Range"), self.headers.get("Authorization"))
+        hub.requests.append(request)
         if hub.status is not None:
             self._send_json({"error": "as the test wants", "Message": "as the test wants"}, hub.status)
         elif path == "/" or path.endswith("internalAccelerationInfo"):
@@ -113,7 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif repository not in hub.repositories:
             self._send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         elif file is not None:
-            self._send_file(hub.repositories[repository], file)
+            content = hub.repositories[repository].get(file)
+            if content is not None and len(content) > LFS_THRESHOLD_BYTES and not path.startswith(STORE):
+                self._redirect(f"{repository}/{file}", content)
+                return
+            if self.command == "GET":
+                hub.fetches.append(request)
+            self._send_file(file, content)
         else:
             self._send_json(getattr(self, f"_{listing}")(repository, hub.repositories[repository]))
 
@@ -146,15 +156,20 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server_state.faults.get(name, Fault())
         return len(content) if fault.listed_size_bytes is None else fault.listed_size_bytes
 
-    def _send_file(self, files: dict[str, bytes], name: str) -> None:
+    def _redirect(self, path: str, content: bytes) -> None:
+        """Send a client on to the store of large files, which is another host and must see no token."""
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.server.server_address[1]}{STORE}{quote(path)}")
+        for header, value in {**_headers(content), "Content-Length": "0"}.items():
+            self.send_header(header, value)
+        self.end_headers()
+
+    def _send_file(self, name: str, content: bytes | None) -> None:
         fault = self.server_state.faults.get(name, Fault())
-        if fault.status is not None or name not in files:
+        if fault.status is not None or content is None:
             self._send_json({"error": "Entry not found"}, fault.status or 404, {"X-Error-Code": "EntryNotFound"})
             return
-        content = files[name]
-        headers = {"ETag": f'"{sha256(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if len(content) > LFS_THRESHOLD_BYTES:
-            headers |= {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
+        headers = _headers(content)
         if fault.truncate_to_bytes is not None:
             content = content[: fault.truncate_to_bytes]
         if fault.corrupt:
@@ -199,6 +214,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+def _headers(content: bytes) -> dict[str, str]:
+    headers = {"ETag": f'"{sha256(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+    if len(content) > LFS_THRESHOLD_BYTES:
+        headers |= {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
+    return headers
+
+
 def _locate(path: str, query: dict[str, list[str]]) -> tuple[str, str | None, str]:
     """Which repository is asked for, which file of it, and else which list."""
     words = path.strip("/").split("/")
@@ -209,6 +231,8 @@ def _locate(path: str, query: dict[str, list[str]]) -> tuple[str, str | None, st
         return repository, None, "files" if rest == ["repo", "files"] else "model"
     if words[:2] == ["api", "models"]:
         return "/".join(words[2:4]), None, "tree" if words[4:5] == ["tree"] else "info"
+    if path.startswith(STORE):
+        return "/".join(words[1:3]), "/".join(words[3:]), ""
     if words[2:3] == ["resolve"]:
         return "/".join(words[:2]), "/".join(words[4:]), ""
     return path, None, "info"

@@ -49,25 +49,25 @@ def test_a_good_archive_is_unpacked_whole(tmp_path, suffix, mode):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "bad, reason",
     [
-        regular("../escaped.txt"),
-        regular("sub/../../escaped.txt"),
-        regular("/tmp/escaped-from-archive.txt"),
-        special("link", tarfile.SYMTYPE, "/etc"),
-        special("link", tarfile.SYMTYPE, "../.."),
-        special("link", tarfile.SYMTYPE, "llm.pt"),
-        special("hard", tarfile.LNKTYPE, "../../etc/passwd"),
-        special("pipe", tarfile.FIFOTYPE),
-        special("device", tarfile.CHRTYPE),
+        (regular("../escaped.txt"), "a path out of the folder"),
+        (regular("sub/../../escaped.txt"), "a path out of the folder"),
+        (regular("/tmp/escaped-from-archive.txt"), "a path out of the folder"),
+        (regular("sub\\..\\escaped.txt"), "a path out of the folder"),
+        (special("link", tarfile.SYMTYPE, "/etc"), "a link"),
+        (special("link", tarfile.SYMTYPE, "../.."), "a link"),
+        (special("link", tarfile.SYMTYPE, "llm.pt"), "a link"),
+        (special("hard", tarfile.LNKTYPE, "../../etc/passwd"), "a link"),
+        (special("pipe", tarfile.FIFOTYPE), "a special file"),
+        (special("device", tarfile.CHRTYPE), "a special file"),
     ],
-    ids=lambda member: f"{member.name}-{member.linkname or member.type.decode()}",
 )
-def test_an_archive_with_anything_unfit_is_not_unpacked_at_all(tmp_path, bad):
+def test_an_archive_with_anything_unfit_is_not_unpacked_at_all(tmp_path, bad, reason):
     archive = make_tar(tmp_path / "model.tar.gz", [regular("llm.pt"), bad])
     before = files_under(tmp_path)
 
-    with pytest.raises(ArchiveError, match=r"model\.tar\.gz is not unpacked, because it holds a "):
+    with pytest.raises(ArchiveError, match=rf"model\.tar\.gz is not unpacked, because it holds {reason} \("):
         unpack_archive(archive, tmp_path / "deep" / "out")
     assert files_under(tmp_path) == before
     assert not Path("/tmp/escaped-from-archive.txt").exists()

@@ -1,5 +1,6 @@
 """Both hubs' real clients against a hub on loopback: every file arrives whole, or the reason is told."""
 
+import time
 from pathlib import Path
 
 import modelscope_hub
@@ -68,10 +69,20 @@ def test_a_connection_that_breaks_off_is_gone_on_with(server, hub_class, tmp_pat
     server.faults["llm.pt"] = Fault(drop_after_bytes=15_000_000)
 
     assert fetch(hub_class(server.address), "llm.pt", tmp_path) == HUGE
-    first, second = server.file_requests("llm.pt")
+    first, second = server.fetches_of("llm.pt")
     assert first.range is None
     assert second.range is not None
     assert 10_000_000 < int(second.range.removeprefix("bytes=").rstrip("-")) <= 15_000_000
+
+
+def test_a_token_is_shown_to_the_hub_and_not_to_the_store_of_large_files(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    assert fetch(HuggingFaceHub(server.address), "llm.pt", tmp_path) == LARGE
+    *hub_requests, store_request = server.requests
+    assert {request.authorization for request in hub_requests} == {"Bearer hf_secret"}
+    assert store_request.path.startswith("/store/")
+    assert store_request.authorization is None
 
 
 @both_hubs
@@ -80,7 +91,7 @@ def test_a_transfer_goes_on_where_a_dead_process_left_it(server, hub_class, tmp_
     partial_file(hub, tmp_path).write_bytes(LARGE[:1_000_000])
 
     assert fetch(hub, "llm.pt", tmp_path) == LARGE
-    assert [request.range for request in server.file_requests("llm.pt")] == ["bytes=1000000-"]
+    assert [request.range for request in server.fetches_of("llm.pt")] == ["bytes=1000000-"]
 
 
 @both_hubs
@@ -89,7 +100,7 @@ def test_a_file_that_had_arrived_whole_is_not_transferred_again(server, hub_clas
     partial_file(hub, tmp_path).write_bytes(LARGE)
 
     assert fetch(hub, "llm.pt", tmp_path) == LARGE
-    assert server.file_requests("llm.pt") == []
+    assert server.fetches_of("llm.pt") == []
 
 
 @both_hubs
@@ -107,6 +118,14 @@ def test_a_file_shorter_than_listed_is_an_error_and_takes_no_name(server, hub_cl
     with pytest.raises(HubError, match=r"llm\.pt of owner/model"):
         fetch(hub_class(server.address), "llm.pt", tmp_path)
     assert not (tmp_path / "llm.pt").exists()
+
+
+def test_modelscope_s_client_refuses_a_wrong_hash_by_itself(server, tmp_path):
+    server.faults["sub/cosyvoice.yaml"] = Fault(corrupt=True)
+
+    with pytest.raises(HubError, match=r"ModelScope sent a wrong sub/cosyvoice\.yaml of owner/model: .*Hash mismatch"):
+        fetch(ModelScopeHub(server.address), "sub/cosyvoice.yaml", tmp_path)
+    assert not (tmp_path / "sub/cosyvoice.yaml").exists()
 
 
 @both_hubs
@@ -135,8 +154,10 @@ def test_a_closed_repository_is_an_error_that_says_so(server, hub_class, status)
 
 @both_hubs
 def test_a_hub_that_does_not_answer_is_told_apart_and_told_soon(hub_class):
+    started = time.monotonic()
     with pytest.raises(HubUnreachableError, match=r"cannot be reached for owner/model: .*refused"):
         hub_class(CLOSED_ADDRESS).list_files(REPOSITORY)
+    assert time.monotonic() - started < 5  # ModelScope's client alone would try for 7 s
 
 
 @both_hubs

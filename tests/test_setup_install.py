@@ -60,8 +60,8 @@ class World:
         self.addresses = dict.fromkeys(self.addresses, CLOSED_ADDRESS)
 
     @property
-    def transfers(self) -> list[str]:
-        return self.modelscope.transfers + self.hugging_face.transfers
+    def fetched(self) -> list[str]:
+        return self.modelscope.fetched + self.hugging_face.fetched
 
 
 @pytest.fixture
@@ -96,9 +96,8 @@ def test_a_new_folder_gets_every_needed_file_and_no_other(world):
     world.installer().install()
 
     assert files_under(world.folder) == NEEDED | {MANIFEST_NAME}
-    assert files_under(world.folder.parent.parent / "models") == {f"CosyVoice-300M/{name}" for name in NEEDED} | {
-        f"CosyVoice-300M/{MANIFEST_NAME}"
-    }
+    assert [path.name for path in world.folder.iterdir() if path.is_dir()] == ["whisper"]
+    assert [path.name for path in world.folder.parent.iterdir()] == ["CosyVoice-300M"]
     for name in NEEDED:
         assert (world.folder / name).read_bytes() == content_of(world, name), name
 
@@ -141,7 +140,7 @@ def test_all_files_takes_the_torchscript_archives_as_they_are(world):
     assert not (world.folder / "llm").exists()  # what the zip holds
     assert (world.folder / "asset/dingding.png").is_file()
     assert (world.folder / "whisper/pytorch_model.bin").is_file()
-    assert world.transfers.count("llm.pt") == 1
+    assert world.fetched.count("llm.pt") == 1
 
 
 def test_whisper_can_be_left_out(world):
@@ -170,14 +169,14 @@ def test_the_other_hub_steps_in_for_one_file_and_the_good_ones_are_kept(world, f
     world.installer("--no-whisper").install()
     assert read_manifest(world.folder)["CosyVoice"].hub == "Hugging Face"
     assert (world.folder / "flow.pt").read_bytes() == content_of(world, "flow.pt")
-    assert world.transfers.count("llm.pt") == 1
+    assert world.fetched.count("llm.pt") == 1
 
 
 def test_a_hub_that_lists_no_llm_is_passed_over_before_anything_is_fetched(world):
     del world.modelscope.repositories[COSYVOICE_REPOSITORIES["ModelScope"]]["llm.pt"]
 
     world.installer("--no-whisper").install()
-    assert world.modelscope.transfers == []
+    assert world.modelscope.fetched == []
     assert any("iic/CosyVoice-300M on ModelScope has no llm.pt" in line for line in world.said)
 
 
@@ -191,7 +190,7 @@ def test_a_file_with_a_wrong_hash_never_gets_its_name(world, name):
     assert "sent a wrong " + name in str(caught.value)
     assert not (world.folder / name).exists()
     assert not list(world.folder.rglob(f"{name}*"))
-    assert world.hugging_face.transfers.count(name) == 2  # one more chance, not more
+    assert world.hugging_face.fetched.count(name) == 2  # one more chance, not more
 
 
 def test_modelscope_s_client_too_is_held_to_the_hash(world):
@@ -212,7 +211,7 @@ def test_a_failed_run_keeps_what_arrived_and_the_next_one_fetches_the_rest(world
 
     world.hugging_face.faults.clear()
     world.installer("--no-whisper").install()
-    assert world.transfers.count("llm.pt") == 1
+    assert world.fetched.count("llm.pt") == 1
     assert (world.folder / "hift.pt").read_bytes() == content_of(world, "hift.pt")
 
 
@@ -233,7 +232,7 @@ def test_an_existing_folder_is_adopted_without_a_transfer(world):
     place_all(world)
 
     world.installer().install()
-    assert world.transfers == []
+    assert world.fetched == []
     assert read_manifest(world.folder)["CosyVoice"].hub == "ModelScope"
 
 
@@ -248,7 +247,19 @@ def test_an_existing_folder_is_adopted_without_a_network_and_compared_with_a_hub
     world.addresses = addresses
     world.installer().install()
     assert {record.hub for record in read_manifest(world.folder).values()} == {"ModelScope", "Hugging Face"}
-    assert world.transfers == []
+    assert world.fetched == []
+
+
+def test_another_model_that_was_adopted_without_a_network_is_left_alone_later(world):
+    place_all(world, seed=1)
+    addresses = world.addresses
+    world.cut_the_network()
+    world.installer().install()
+
+    world.addresses = addresses
+    with pytest.raises(AnotherModelError):
+        world.installer().install()
+    assert world.fetched == []
 
 
 def test_a_change_is_found_without_a_network(world):
@@ -272,7 +283,7 @@ def test_a_folder_with_another_model_is_left_alone(world):
         assert message.count(f"{name}: whole, but not the file of") == 1
     assert "--verify-only" in message
     assert "--force-download" in message
-    assert world.transfers == []
+    assert world.fetched == []
     assert before == {name: (world.folder / name).read_bytes() for name in files_under(world.folder)}
 
 
@@ -283,7 +294,7 @@ def test_a_folder_that_only_the_second_hub_knows_is_adopted(world):
 
     world.installer().install()
     assert read_manifest(world.folder)["CosyVoice"].hub == "Hugging Face"
-    assert world.transfers == []
+    assert world.fetched == []
 
 
 def truncate(path: Path) -> None:
@@ -311,7 +322,7 @@ def test_a_damaged_file_of_an_adopted_folder_is_fetched_again_and_no_other(world
     harm(world.folder / name)
 
     world.installer().install()
-    assert world.transfers == [name.removeprefix("whisper/")]
+    assert world.fetched == [name.removeprefix("whisper/")]
     assert (world.folder / name).read_bytes() == content_of(world, name)
 
 
@@ -320,8 +331,8 @@ def test_a_flipped_byte_in_a_verified_folder_is_found_and_mended(world):
     damage(world.folder / "campplus.onnx")
 
     world.installer().install()
-    assert world.transfers.count("campplus.onnx") == 2
-    assert world.transfers.count("llm.pt") == 1
+    assert world.fetched.count("campplus.onnx") == 2
+    assert world.fetched.count("llm.pt") == 1
     assert (world.folder / "campplus.onnx").read_bytes() == content_of(world, "campplus.onnx")
 
 
@@ -345,7 +356,7 @@ def test_a_manifest_that_was_cut_off_is_made_again(world):
 
     world.installer().install()
     assert json.loads((world.folder / MANIFEST_NAME).read_text())["version"] == 1
-    assert world.transfers.count("llm.pt") == 1
+    assert world.fetched.count("llm.pt") == 1
 
 
 def test_a_download_that_the_disk_cannot_hold_is_not_begun(world):
@@ -353,7 +364,7 @@ def test_a_download_that_the_disk_cannot_hold_is_not_begun(world):
 
     with pytest.raises(InstallError, match=r"1000000\.\d+ GB are needed; free some"):
         world.installer("--no-whisper").install()
-    assert world.transfers == []
+    assert world.fetched == []
 
 
 def test_two_runs_at_once_on_one_folder_are_refused(world):
@@ -381,7 +392,7 @@ def test_a_replacement_takes_the_place_of_the_old_folder_only_once_it_is_complet
     world.hugging_face.faults.clear()
     world.installer().replace()
     assert (world.folder / "llm.pt").read_bytes() == content_of(world, "llm.pt") != old
-    assert world.transfers.count("llm.pt") == 1  # the failed run's copy was gone on with
+    assert world.fetched.count("llm.pt") == 1  # the failed run's copy was gone on with
     assert [path.name for path in world.folder.parent.iterdir()] == [world.folder.name]
 
 
@@ -395,7 +406,7 @@ def test_a_replacement_keeps_what_only_the_old_folder_holds(world):
     assert (world.folder / "mine/notes.txt").read_bytes() == b"notes"
     assert (world.folder / "whisper/model.safetensors").stat().st_ino == whisper  # moved, not copied
     assert set(read_manifest(world.folder)) == {"CosyVoice", "Whisper"}
-    assert world.transfers.count("llm.pt") == 2
+    assert world.fetched.count("llm.pt") == 2
 
 
 @pytest.mark.parametrize("died_after", ["the first rename", "the second rename"])
@@ -414,6 +425,7 @@ def test_a_replacement_that_died_between_its_renames_is_brought_to_its_end(world
 
     world.installer().install()
     assert files_under(world.folder) == NEEDED | {MANIFEST_NAME, "mine.txt"}
+    assert read_manifest(world.folder)["CosyVoice"].hub == "ModelScope"
     assert not previous.exists()
 
 

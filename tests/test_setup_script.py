@@ -88,6 +88,7 @@ def test_without_a_network_it_ends_soon_with_the_steps_to_take_by_hand(tmp_path)
     assert not (tmp_path / "CosyVoice-300M").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub, client", [("ModelScope", "modelscope"), ("Hugging Face", "hf")])
 def test_the_commands_it_prints_for_doing_it_by_hand_work(tmp_path, hub, client):
     printed = run(env=environment(tmp_path), cwd=tmp_path).stderr
@@ -131,7 +132,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_file_goes_on_there(tmp_path):
 
         second = run("--no-whisper", env=env_of(server), cwd=tmp_path)
         assert second.returncode == 0, second.stderr
-        assert [request.range for request in server.file_requests("llm.pt")] == [None, "bytes=10485760-"]
+        assert [request.range for request in server.fetches_of("llm.pt")] == [None, "bytes=10485760-"]
     expected = repositories[COSYVOICE_REPOSITORIES["Hugging Face"]]["llm.pt"]
     assert (tmp_path / "CosyVoice-300M" / "llm.pt").read_bytes() == expected
     assert not (tmp_path / "CosyVoice-300M" / ".download").exists()

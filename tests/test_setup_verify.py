@@ -130,6 +130,23 @@ def test_a_part_s_checks_name_required_recorded_and_present_files_once(tmp_path)
     assert checks[1].line() == f"FAILED  cosyvoice.yaml: there is no such file in {tmp_path}; next: do this"
 
 
+def test_only_a_file_that_its_owner_may_edit_may_have_changed(tmp_path):
+    recorded = {}
+    for name in ("llm.pt", "cosyvoice.yaml", "spk2info.pt"):
+        content = WHOLE.get(name, WHOLE["hift.pt"])
+        (tmp_path / name).write_bytes(content)
+        recorded[name] = ExpectedFile(name, len(content), "0" * 64)
+
+    checks = {check.name: check for check in check_part(tmp_path, PART, recorded, "do this")}
+    assert {name: check.passed for name, check in checks.items()} == {
+        "llm.pt": False,
+        "cosyvoice.yaml": True,
+        "spk2info.pt": True,
+    }
+    assert "changed since it was recorded" in checks["cosyvoice.yaml"].detail
+    assert "changed since it was recorded: got sha256" in checks["llm.pt"].detail
+
+
 def test_an_outcome_is_one_line():
     assert Check("llm.pt", True, "fine").line() == "ok      llm.pt: fine"
     assert Check("llm.pt", None, "needs x").line() == "skipped llm.pt: needs x"
