@@ -155,6 +155,22 @@ def test_without_inflect_numbers_stay_and_the_log_says_so_once(frontend, monkeyp
     assert len(caplog.messages) == 1 and "inflect" in caplog.messages[0]
 
 
+def test_a_folder_named_like_the_package_is_not_taken_for_it(tmp_path, monkeypatch):
+    if importlib.util.find_spec("wetext"):
+        pytest.skip("wetext is installed")
+    (tmp_path / "wetext").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    made = CosyVoiceFrontEnd(Words, partial(lambda y, sampling_rate: y, sampling_rate=22_050), "a", "b", device="cpu")
+    assert made.text_normalize("Hello there.") == ["Hello there."]
+
+
+def test_wetext_reads_numbers_and_dates_where_it_is_installed():
+    pytest.importorskip("wetext")
+    made = CosyVoiceFrontEnd(Words, partial(lambda y, sampling_rate: y, sampling_rate=22_050), "a", "b", device="cpu")
+    assert made.text_normalize("价格是3.5元。", split=False) == "价格是三点五元。"
+    assert made.text_normalize("It cost $3.50.", split=False) == "It cost three point five dollars."
+
+
 @pytest.mark.parametrize(
     ("text", "whole", "pieces"),
     [

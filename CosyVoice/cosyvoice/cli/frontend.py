@@ -85,7 +85,7 @@ class CosyVoiceFrontEnd:
         if spk2info and Path(spk2info).is_file():
             self.spk2info = read_speakers(spk2info, self.device)
         self.allowed_special = allowed_special
-        self.text_frontend = "wetext" if importlib.util.find_spec("wetext") else ""
+        self.text_frontend = "wetext" if _is_installed("wetext") else ""
 
     # ---- text
 
@@ -145,7 +145,7 @@ class CosyVoiceFrontEnd:
 
     @cached_property
     def _number_speller(self) -> NumberSpeller | None:
-        if importlib.util.find_spec("inflect") is None:
+        if not _is_installed("inflect"):
             logger.warning("numbers in English text stay digits: `pip install inflect` spells them as published")
             return None
         import inflect
@@ -381,6 +381,12 @@ def read_speakers(path: str | Path, device: torch.device) -> dict[str, ModelInpu
         speaker: {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         for speaker, values in speakers.items()
     }
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name, which Python would take too, has no origin."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _name(prompt_wav: str | Path | Tensor) -> str:
