@@ -3,7 +3,8 @@
 In:   a manifest (one {"audio_path", "text"} a line), a CosyVoice model folder, a folder with Whisper's encoder.
 Out:  utt2_output/{split}_text_emb.pt       {utt_id: [T, D_text]}
       utt2_output/{split}_whisper_feats.pt  {"mid": {utt_id: [A, D]}, "final": {utt_id: [A, D]}}
-      utt2_output/{split}_utt2info.pt       {utt_id: text, text_token, word_id, spk_embedding, duration_s, audio_path}
+      utt2_output/{split}_utt2info.pt       {utt_id: text, text_token, word_id, spk_embedding, duration_s, audio_path;
+                                             speaker where the manifest names one}
       and beside the last one its .failures.jsonl, .settings.json and .made_with.json
 
     python utt2text_and_feature.py --jsonl json/train.jsonl --model_dir CosyVoice-300M --whisper_dir whisper-large-v3
