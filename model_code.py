@@ -340,9 +340,9 @@ def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_
     """
     now = settings.to_dict()
     changed = [
-        f"{name.upper()} was {earlier[name]!r}, is {now[name]!r}"
+        f"{name.upper()} was {earlier.get(name)!r}, is {now[name]!r}"
         for name in _DECIDES_TRAINING
-        if earlier[name] != now[name]
+        if earlier.get(name) != now[name]
     ]
     if changed:
         raise ValueError(

@@ -88,7 +88,7 @@ def frozen_fingerprint(model: nn.Module, learned: dict[str, Tensor]) -> str:
     for name, value in sorted(model.state_dict().items()):
         if name not in learned:
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

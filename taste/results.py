@@ -159,4 +159,4 @@ def original_mel(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor |
 
 def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
     if stop_requested():
-        raise RunStopped("stopped while showing results; the training is complete and saved")
+        raise RunStopped("stopped before all results were shown; what was trained is saved")

@@ -205,9 +205,30 @@ class Trainer:
         lr = learning_rate(progress.step, config.num_epochs * self.steps_per_epoch, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own_targets = sum(batch.target_count for batch in batches)
-        (all_targets,) = sum_over_processes(accelerator, [own_targets])
-        own_totals, spoiled = Totals(), []
+        own_totals, spoiled = self._add_up_gradients(batches)
+        totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
+        gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
+        if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
+            utt_ids = spoiled or [utt_id for batch in batches for utt_id in batch.utt_ids]
+            raise _not_finite(progress.step + 1, totals, gradient_norm, utt_ids)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.step_in_epoch += 1
+        progress.epoch_totals += totals
+        if accelerator.is_main_process:
+            results = {"lr": lr, "gradient_norm": gradient_norm, "targets": int(totals.target_count)}
+            self.record.add("step", progress.step, progress.epoch + 1, totals.averages() | results)
+        return totals
+
+    def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:
+        """The gradient of the loss of a target, over this step's targets in all processes.
+
+        Returns:
+            the sums over this process's batches, and the utterances whose loss is no number.
+        """
+        accelerator, totals, spoiled = self.accelerator, Totals(), []
+        (all_targets,) = sum_over_processes(accelerator, [sum(batch.target_count for batch in batches)])
         for number, batch in enumerate(batches):
             last_one = number == len(batches) - 1
             # the processes exchange gradients once a step, while the last batch runs backwards
@@ -216,31 +237,10 @@ class Trainer:
                     scores = self.wrapped_model(batch.to(accelerator.device))
                 # the exchange averages over processes, the loss is a sum over them: undo the division
                 accelerator.backward(scores.loss_sums.sum() * (accelerator.num_processes / all_targets))
-            own_totals += Totals.of(scores)
-            spoiled += [
-                utt_id
-                for utt_id, loss in zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
-                if not math.isfinite(loss)
-            ]
-        gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
-        totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
-        if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
-            raise _not_finite(
-                progress.step + 1, totals, gradient_norm, spoiled or [i for b in batches for i in b.utt_ids]
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        progress.step += 1
-        progress.step_in_epoch += 1
-        progress.epoch_totals += totals
-        if accelerator.is_main_process:
-            self.record.add(
-                "step",
-                progress.step,
-                progress.epoch + 1,
-                totals.averages() | {"lr": lr, "gradient_norm": gradient_norm},
-            )
-        return totals
+            totals += Totals.of(scores)
+            losses = zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
+            spoiled += [utt_id for utt_id, loss in losses if not math.isfinite(loss)]
+        return totals, spoiled
 
     def _evaluate(self) -> dict[str, float]:
         totals = evaluate(

@@ -54,6 +54,10 @@ class Workplace:
     def metrics(self, run: str = "simple") -> dict:
         return json.loads((self.folder / "exp" / run / "metrics.json").read_text())
 
+    def steps(self, run: str) -> list[dict[str, float]]:
+        lines = map(json.loads, (self.folder / "exp" / run / "metrics.jsonl").read_text().splitlines())
+        return [{name: value for name, value in line.items() if name != "kind"} for line in lines if "lr" in line]
+
     def weights(self, run: str) -> dict[str, torch.Tensor]:
         return load_checkpoint(self.folder / "exp" / run / "checkpoints" / "last.pt").weights
 
@@ -277,3 +281,5 @@ def test_two_processes_train_like_one_that_accumulates_twice_as_much(work):
     for one, two in zip(work.metrics("one")["history"], work.metrics("two")["history"], strict=True):
         for part in ("train", "test"):
             assert two[part] == pytest.approx(one[part], rel=1e-5)
+    for one, two in zip(work.steps("one"), work.steps("two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)  # the norm of the gradient among others

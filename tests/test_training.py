@@ -224,6 +224,17 @@ def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_targets(tmp_path, sets):
+    history = make_trainer(tmp_path, sets).fit().history
+    for epoch in (1, 2):
+        steps = [entry for entry in records(tmp_path) if entry["kind"] == "step" and entry["epoch"] == epoch]
+        targets = [entry["targets"] for entry in steps]
+        assert sum(targets) == sum(units + 1 for _, units in LENGTHS) and len(set(targets)) > 1
+        for name in ("loss", "top1", "top5"):
+            mean = sum(entry[name] * weight for entry, weight in zip(steps, targets, strict=True)) / sum(targets)
+            assert history[epoch]["train"][name] == pytest.approx(mean, rel=1e-9)
+
+
 def test_weight_decay_is_for_matrices_only(tmp_path, sets):
     trainer = make_trainer(tmp_path, sets)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
