@@ -16,7 +16,8 @@ Ctrl-C, 143 by SIGTERM (both with everything saved).
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out,
 from taste.generation import Sampling
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model, build_model
+from taste.output_lock import OutputBusyError, OutputLock
 from taste.plots import plot_losses
-from taste.results import decode_units, generate_units, report_units
+from taste.results import decode_units, epoch_line, generate_units, report_units, summary
 from taste.scoring import evaluate
 from taste.settings import Settings, parse_settings, pick_device
 from taste.synthesis import UnitDecoder
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RunStopped as stopped:
             print(f"model_code.py: {stopped}. The same command goes on from there.", file=sys.stderr)
             return stop.exit_code if stop.requested else 128 + signal.SIGTERM  # another process was asked
-        except (ValueError, OSError, NonFiniteLossError) as error:
+        except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
             print(f"model_code.py: error: {error}", file=sys.stderr)
             return 1
     return 0
@@ -122,6 +124,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
         RunStopped: it was asked to stop.
         ValueError: something in settings, features or checkpoints does not fit; the message says what.
         OSError: a file is missing, or the disk is full.
+        OutputBusyError: another process works on this run.
     """
     from accelerate import Accelerator
 
@@ -151,27 +154,18 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
     )
     say(describe_model(model))
 
-    checkpoint_path = find_checkpoint(settings, run_folder)
-    if settings.num_epochs:
-        results = train(settings, model, train_set, test_set, run_folder, accelerator, checkpoint_path, stop_requested)
-    else:
-        say(f"evaluating {checkpoint_path or 'the model folder as it is'}")
-        results = evaluate_only(settings, model, test_set, accelerator, checkpoint_path)
-    if not accelerator.is_main_process:
-        return  # the rest is for one process
-
-    if settings.generate_utterances:
-        shown = test_set.subset(range(min(settings.generate_utterances, len(test_set))))
-        torch.manual_seed(settings.seed)
-        units = generate_units(model, shown, settings.generate_batch_size, sampling, accelerator.device, stop_requested)
-        results["generation"] = report_units(shown, units, run_folder)
-        if settings.decode_wavs:
-            decoder = UnitDecoder(settings.cosyvoice_model_dir, accelerator.device)
-            decoded = shown.subset(range(min(settings.decode_wavs, len(shown))))
-            results["wavs"] = decode_units(decoder, decoded, units, run_folder, settings.seed, stop_requested)
-    settings.save(run_folder / "settings.json")
-    write_json(run_folder / "metrics.json", results)
-    print_summary(results, run_folder)
+    with _sole_writer(run_folder, accelerator):
+        checkpoint = find_checkpoint(settings, run_folder)
+        if settings.num_epochs:
+            results = train(settings, model, train_set, test_set, run_folder, accelerator, checkpoint, stop_requested)
+        else:
+            say(f"evaluating {checkpoint or 'the model folder as it is'}")
+            results = evaluate_only(settings, model, test_set, accelerator, checkpoint)
+        if accelerator.is_main_process:
+            results |= show(settings, model, test_set, sampling, run_folder, accelerator.device, stop_requested)
+            settings.save(run_folder / "settings.json")
+            write_json(run_folder / "metrics.json", results)
+            print(summary(results, run_folder))
 
 
 def open_data(
@@ -270,7 +264,7 @@ def train(
         plot_losses(curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
 
     def show_epoch(history: list[dict[str, Any]]) -> None:
-        print(_epoch_line(history[-1]), flush=True)
+        print(epoch_line(history[-1]), flush=True)
         draw(history)
 
     trainer = Trainer(model, train_set, test_set, config, run_folder, accelerator, notes, stop_requested, show_epoch)
@@ -351,6 +345,45 @@ def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_
         )
 
 
+def show(
+    settings: Settings,
+    model: CosyVoiceS3Model,
+    test_set: UtteranceDataset,
+    sampling: Sampling,
+    run_folder: Path,
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
+    """Let the model speak some test utterances, measure what it says, and make it sound.
+
+    Args:
+        settings: how many utterances, and the seed.
+        model: what was trained.
+        test_set: utterances to choose from.
+        sampling: how units are chosen.
+        run_folder: where pictures and sounds are written.
+        device: where the model is.
+        stop_requested: asked between batches.
+
+    Returns:
+        results for metrics.json; nothing where GENERATE_UTTERANCES is 0.
+
+    Raises:
+        RunStopped: it was asked to stop.
+    """
+    if not settings.generate_utterances:
+        return {}
+    shown = test_set.subset(range(min(settings.generate_utterances, len(test_set))))
+    torch.manual_seed(settings.seed)
+    units = generate_units(model, shown, settings.generate_batch_size, sampling, device, stop_requested)
+    results: dict[str, Any] = {"generation": report_units(shown, units, run_folder)}
+    if settings.decode_wavs:
+        decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
+        decoded = shown.subset(range(min(settings.decode_wavs, len(shown))))
+        results["wavs"] = decode_units(decoder, decoded, units, run_folder, settings.seed, stop_requested)
+    return results
+
+
 def describe_model(model: CosyVoiceS3Model) -> str:
     """One line about what learns.
 
@@ -365,26 +398,15 @@ def describe_model(model: CosyVoiceS3Model) -> str:
     return f"model {model.variant}: {learning:,} of {everything:,} parameters learn"
 
 
-def print_summary(results: dict[str, Any], run_folder: Path) -> None:
-    """The table at the end.
-
-    Args:
-        results: what metrics.json holds.
-        run_folder: where it lies.
-    """
-    rows = [("checkpoint", results["checkpoint"])]
-    if results.get("history"):
-        before = results["history"][0]["test"]
-        rows += [("test loss before training", f"{before['loss']:.3f}"), ("best epoch", str(results["best_epoch"]))]
-    names = {"loss": "test loss", "top1": "test top-1", "top5": "test top-5"}
-    rows += [(names[name], f"{value:.3f}") for name, value in results["test"].items()]
-    for name, value in results.get("generation", {}).items():
-        rows.append((f"generated: {name.replace('_', ' ')}", str(value) if isinstance(value, int) else f"{value:.3f}"))
-    if "wavs" in results:
-        rows.append(("wav files", f"{len(results['wavs'])} in {run_folder / 'wavs'}"))
-    width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
-    print(f"\nresults: {run_folder / 'metrics.json'}")
+@contextmanager
+def _sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Keep a second run out of the folder while this one lasts."""
+    lock = OutputLock(run_folder) if accelerator.is_main_process else None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def _feature_paths(settings: Settings, split: str) -> FeaturePaths:
@@ -396,14 +418,6 @@ def _feature_paths(settings: Settings, split: str) -> FeaturePaths:
         speech=None if settings.variant == "text_only" else values[f"{split}_utt2_whisper_path"],
         info=info if features_exist(info) else None,
     )
-
-
-def _epoch_line(entry: dict[str, Any]) -> str:
-    parts = [f"epoch {entry['epoch']:3d}"]
-    for name in ("train", "test"):
-        if scores := entry[name]:
-            parts.append(f"{name} {scores['loss']:.4f} (top-1 {scores['top1']:.3f}, top-5 {scores['top5']:.3f})")
-    return "   ".join(parts)
 
 
 def _say_nothing(text: str) -> None:

@@ -157,6 +157,47 @@ def original_mel(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor |
         return None
 
 
+def epoch_line(entry: dict[str, Any]) -> str:
+    """One epoch's scores.
+
+    Args:
+        entry: of the history.
+
+    Returns:
+        a line.
+    """
+    parts = [f"epoch {entry['epoch']:3d}"]
+    for name in ("train", "test"):
+        if scores := entry[name]:
+            parts.append(f"{name} {scores['loss']:.4f} (top-1 {scores['top1']:.3f}, top-5 {scores['top5']:.3f})")
+    return "   ".join(parts)
+
+
+def summary(results: dict[str, Any], run_folder: Path) -> str:
+    """The table at the end.
+
+    Args:
+        results: what metrics.json holds.
+        run_folder: where it lies.
+
+    Returns:
+        a line a result.
+    """
+    rows = [("checkpoint", results["checkpoint"])]
+    if results.get("history"):
+        before = results["history"][0]["test"]
+        rows += [("test loss before training", f"{before['loss']:.3f}"), ("best epoch", str(results["best_epoch"]))]
+    names = {"loss": "test loss", "top1": "test top-1", "top5": "test top-5"}
+    rows += [(names[name], f"{value:.3f}") for name, value in results["test"].items()]
+    for name, value in results.get("generation", {}).items():
+        rows.append((f"generated: {name.replace('_', ' ')}", str(value) if isinstance(value, int) else f"{value:.3f}"))
+    if "wavs" in results:
+        rows.append(("wav files", f"{len(results['wavs'])} in {run_folder / 'wavs'}"))
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return f"\n{table}\n\nresults: {run_folder / 'metrics.json'}"
+
+
 def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
     if stop_requested():
         raise RunStopped("stopped before all results were shown; what was trained is saved")

@@ -12,6 +12,7 @@ import torch
 
 import model_code
 from taste.checkpoint import load_checkpoint
+from taste.output_lock import OutputLock
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import random_examples, write_features
 
@@ -189,6 +190,15 @@ def test_what_cannot_work_ends_with_a_message_and_code_1(work, capsys, options, 
     assert work.run(**options) == 1
     told = capsys.readouterr().err
     assert told.startswith("model_code.py: error:") and message in told
+
+
+def test_two_runs_do_not_share_a_folder(work, capsys):
+    lock = OutputLock(work.folder / "exp" / "simple")
+    assert work.run() == 1
+    assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
+    lock.release()
+    assert work.run(num_epochs=1) == 0
+    assert [path.name for path in (work.folder / "exp").iterdir()] == ["simple"]
 
 
 def test_an_unknown_flag_ends_with_code_2(capsys):
