@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from taste import REPOSITORY
+from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
-from taste.model_install import Installer, InstallError
+from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
 from taste.output_lock import OutputBusyError
 from taste.settings import Settings, parse_settings, pick_device
 from taste.verify import Check, ModelPart, check_part, read_manifest
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstallError as error:
         print(f"\n{folder} is not complete:\n{error}\n\n{manual_steps(folder, parts)}", file=sys.stderr)
         return 1
-    except (OutputBusyError, OSError, ValueError) as error:
+    except (AnotherModelError, DiskSpaceError, SwapError, OutputBusyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -125,6 +126,9 @@ def complete(folder: Path, parts: Sequence[ModelPart], settings: Settings) -> No
 
     Raises:
         InstallError: some part cannot be completed.
+        AnotherModelError: the folder holds another model.
+        DiskSpaceError: the disk has no room.
+        SwapError: what was fetched anew cannot take the old folder's place.
         OutputBusyError: another process is at it.
     """
     hubs = {hub.name: hub for hub in (ModelScopeHub(), HuggingFaceHub())}

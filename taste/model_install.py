@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taste.archives import ArchiveError, is_archive, unpack_archive
+from taste.folder_swap import finish_swap, fresh_folder, swap
 from taste.hub import Hub, HubError, Listing
 from taste.output_lock import OutputLock
 from taste.verify import (
-    MANIFEST_NAME,
-    OWNERS_FILES,
     ExpectedFile,
     ModelPart,
     PartRecord,
@@ -24,28 +23,31 @@ from taste.verify import (
     format_problem,
     hash_file,
     human_bytes,
+    may_be_edited,
     read_manifest,
     save_manifest,
 )
 
 STAGING_NAME = ".download"
-FRESH_MARK = "setup-new"
-PREVIOUS_MARK = "setup-old"
 SPARE_BYTES = 64_000_000  # left free on the disk beside what is fetched
 
 
 class InstallError(RuntimeError):
-    """A model folder cannot be completed; the message lists every reason."""
+    """No hub could give what is missing; the message lists all that is, and every reason."""
 
 
-class AnotherModelError(InstallError):
-    """A model folder holds whole files that are not the wanted ones."""
+class AnotherModelError(RuntimeError):
+    """A model folder holds whole files that are not the wanted ones; the message lists them."""
+
+
+class DiskSpaceError(RuntimeError):
+    """What is missing does not fit on the disk; nothing was begun."""
 
 
 class Plan(NamedTuple):
     """What one hub's listing asks for, compared with what lies in the folder."""
 
-    fetch: list[ExpectedFile]  # missing, or there but broken
+    fetch: list[ExpectedFile]  # missing, or there but damaged
     present: dict[str, ExpectedFile]  # path in the repository -> the file as it is, with its sha256
     notes: list[str]
 
@@ -71,23 +73,26 @@ class Installer:
         all_files: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.folder = folder.resolve()
+        self.folder = folder.resolve()  # a link to another disk stays one
         self.parts = parts
         self.hubs = hubs
         self.source = source
         self.all_files = all_files
         self.say = say
+        self._fetched: set[Path] = set()  # by this run: not somebody's, so another hub's file may take their place
 
     def install(self) -> None:
         """Adopt what the folder holds, fetch the rest, and record what it holds now.
 
         Raises:
-            InstallError: a part cannot be completed (what was fetched stays), or the folder holds another model.
+            InstallError: a part cannot be completed; what was fetched stays.
+            AnotherModelError: the folder holds another model; nothing was touched.
+            DiskSpaceError: the disk has no room for what is missing.
             OutputBusyError: another process is filling this folder.
         """
         lock = OutputLock(self.folder)
         try:
-            self._finish_swap()
+            finish_swap(self.folder, self.say, STAGING_NAME)
             self._fill(self.folder)
         finally:
             lock.release()
@@ -100,14 +105,17 @@ class Installer:
         Raises:
             InstallError: the new folder cannot be completed; the old one is untouched, and what was fetched is gone on
                 with next time.
+            DiskSpaceError: the disk has no room for a second folder.
+            SwapError: the new folder is complete but cannot take the old one's place.
             OutputBusyError: another process is filling this folder.
         """
         lock = OutputLock(self.folder)
         try:
-            self._finish_swap()
-            fresh = _beside(self.folder, FRESH_MARK)
+            finish_swap(self.folder, self.say, STAGING_NAME)
+            fresh = fresh_folder(self.folder)
             self._fill(fresh)
-            self._swap(fresh)
+            save_manifest(fresh, {**read_manifest(self.folder), **read_manifest(fresh)})
+            swap(self.folder, self.say, STAGING_NAME)
         finally:
             lock.release()
 
@@ -120,8 +128,6 @@ class Installer:
                 continue
             try:
                 records[part.name] = self._fill_part(folder, part, record)
-            except AnotherModelError:
-                raise
             except InstallError as error:
                 problems.append(str(error))
             else:
@@ -145,14 +151,13 @@ class Installer:
 
     def _fill_part(self, folder: Path, part: ModelPart, record: PartRecord | None) -> PartRecord:
         """Complete a part from the first hub that can, or adopt it as it is where none can and nothing is missing."""
-        trusted = record.files if record is not None and record.hub is not None else {}
         reasons = []
         another = None
         first = self.source or part.home
         for name in sorted(part.repositories, key=lambda name: name != first):
             try:
                 listing = self.hubs[name].list_files(part.repositories[name])
-                files = self._fill_from(self.hubs[name], listing, folder, part, trusted)
+                files = self._fill_from(self.hubs[name], listing, folder, part, record)
             except (HubError, ArchiveError) as error:
                 self.say(f"{part.name}: {error}")
                 reasons.append(str(error))
@@ -163,15 +168,19 @@ class Installer:
             return PartRecord(name, listing.repository, listing.revision, self.all_files, files)
         if another is not None:
             raise another
-        return self._adopt(folder, part, record.files if record is not None else {}, reasons)
+        adopted = _adopt(folder, part, record, reasons)
+        self.say(f"{part.name}: adopted as it is; its files are whole, but no hub could be asked for their hashes")
+        return adopted
 
     def _fill_from(
-        self, hub: Hub, listing: Listing, folder: Path, part: ModelPart, trusted: Mapping[str, ExpectedFile]
+        self, hub: Hub, listing: Listing, folder: Path, part: ModelPart, record: PartRecord | None
     ) -> dict[str, ExpectedFile]:
         """Bring a part to what one hub lists; returns what it holds then, by path inside the model folder."""
-        wanted = self._select(listing, part)
         part_folder = folder / part.subfolder
-        plan = _compare(part_folder, part, wanted, trusted, listing)
+        ours = set(self._fetched)
+        if record is not None and record.hub is not None:
+            ours |= {folder / path for path in record.files}
+        plan = _compare(part_folder, _select(listing, part, self.all_files), ours, listing)
         staging = folder / STAGING_NAME / hub.name.replace(" ", "-") / part.name
         _check_space(part_folder, staging, plan.fetch)
         for note in plan.notes:
@@ -180,6 +189,7 @@ class Installer:
         for file in plan.fetch:
             self.say(f"{part.name}: fetching {file.path} ({human_bytes(file.size_bytes)}) from {hub.name}")
             held[file.path] = _fetch(hub, listing, file, staging, part_folder)
+            self._fetched.add(part_folder / file.path)
         for path in [path for path in held if is_archive(path)]:
             for name in unpack_archive(part_folder / path, part_folder):
                 held[name] = _as_it_is(part_folder, name)
@@ -187,76 +197,27 @@ class Installer:
         if missing:
             raise HubError(f"the archives of {listing.repository} on {listing.hub} hold no {', '.join(missing)}")
         self.say(f"{part.name}: {len(held)} files, the content of {listing.repository} on {listing.hub}")
-        return {_inside(part, path): file for path, file in held.items()}
-
-    def _select(self, listing: Listing, part: ModelPart) -> list[ExpectedFile]:
-        """The files of a repository that are wanted; an archive always is, since it may hold the others."""
-        wanted = [
-            file
-            for path, file in listing.files.items()
-            if self.all_files or path in part.required or path in part.optional or is_archive(path)
-        ]
-        missing = [path for path in part.required if path not in listing.files]
-        if missing and not any(is_archive(file.path) for file in wanted):
-            raise HubError(f"{listing.repository} on {listing.hub} has no {', '.join(missing)}")
-        return wanted
-
-    def _adopt(
-        self, folder: Path, part: ModelPart, known: Mapping[str, ExpectedFile], reasons: Sequence[str]
-    ) -> PartRecord:
-        """Record a part as it lies there, if all of it does; no hub has vouched for its content."""
-        checks = check_part(folder, part, known, next_command="run this again with a network")
-        missing = [check.name for check in checks if not (folder / check.name).is_file()]
-        broken = [check.line() for check in checks if not check.passed and check.name not in missing]
-        if missing or broken:
-            absent = [f"{part.name}: missing {', '.join(missing)}"] if missing else []
-            raise InstallError("\n".join([*absent, *broken, *(f"{part.name}: {reason}" for reason in reasons)]))
-        self.say(f"{part.name}: adopted as it is; its files are whole, but no hub could be asked for their hashes")
-        return PartRecord(None, None, None, False, {check.name: _as_it_is(folder, check.name) for check in checks})
-
-    def _swap(self, fresh: Path) -> None:
-        """Put the new folder in the old one's place by two renames; what only the old one holds moves over after."""
-        previous = _beside(self.folder, PREVIOUS_MARK)
-        save_manifest(fresh, {**read_manifest(self.folder), **read_manifest(fresh)})
-        try:
-            if self.folder.exists():
-                self.folder.rename(previous)
-            fresh.rename(self.folder)
-        except OSError as error:
-            if previous.exists() and not self.folder.exists():
-                previous.rename(self.folder)
-            raise InstallError(
-                f"the new files are complete in {fresh}, but cannot be put in the place of {self.folder} ({error}); "
-                "nothing is lost: rename the folders by hand"
-            ) from error
-        self._finish_swap()
-
-    def _finish_swap(self) -> None:
-        """Bring a swap to its end, whether it was begun just now or by a process that died in the middle of it."""
-        previous = _beside(self.folder, PREVIOUS_MARK)
-        if not previous.is_dir():
-            return
-        if not self.folder.exists():
-            previous.rename(self.folder)
-            return
-        for path in sorted(previous.rglob("*")):
-            name = path.relative_to(previous)
-            if not path.is_file() or name.parts[0] in (STAGING_NAME, MANIFEST_NAME) or (self.folder / name).exists():
-                continue
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(self.folder / name)
-            self.say(f"{name} is kept from the old folder")
-        shutil.rmtree(previous)
+        return {str(Path(part.subfolder, path)): file for path, file in held.items()}
 
 
-def _compare(
-    part_folder: Path,
-    part: ModelPart,
-    wanted: Sequence[ExpectedFile],
-    trusted: Mapping[str, ExpectedFile],
-    listing: Listing,
-) -> Plan:
-    """Find what must be fetched; a whole file that differs is somebody's, and stops everything before it starts."""
+def _select(listing: Listing, part: ModelPart, all_files: bool) -> list[ExpectedFile]:
+    """The files of a repository that are wanted; an archive always is, since it may hold the others."""
+    wanted = [
+        file
+        for path, file in listing.files.items()
+        if all_files or path in part.required or path in part.optional or is_archive(path)
+    ]
+    missing = [path for path in part.required if path not in listing.files]
+    if missing and not any(is_archive(file.path) for file in wanted):
+        raise HubError(f"{listing.repository} on {listing.hub} has no {', '.join(missing)}")
+    return wanted
+
+
+def _compare(part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path], listing: Listing) -> Plan:
+    """Find what must be fetched; a whole weight file that differs is somebody's, and stops everything before it starts.
+
+    `ours` are files that came from a hub: if they differ now, they were damaged, or belong to the other hub.
+    """
     plan = Plan([], {}, [])
     others = []
     for file in wanted:
@@ -266,13 +227,14 @@ def _compare(
             continue
         got = hash_file(path)
         problem = difference(got, file)
+        broken = None if problem is None else format_problem(path)
         if problem is None:
             plan.present[file.path] = file._replace(sha256=got.sha256)
-        elif file.path in OWNERS_FILES and format_problem(path) is None:
+        elif broken is None and may_be_edited(file.path):
             plan.notes.append(f"{file.path} differs from the hub's and is kept: it may be edited")
             plan.present[file.path] = ExpectedFile(file.path, got.size_bytes, got.sha256)
-        elif _inside(part, file.path) in trusted or format_problem(path) is not None:
-            plan.notes.append(f"{file.path} is damaged: got {problem}")
+        elif broken is not None or path in ours:
+            plan.notes.append(f"{file.path} is fetched again: got {broken or problem}")
             plan.fetch.append(file)
         else:
             others.append(f"{path}: whole, but not the file of {listing.repository} on {listing.hub}: got {problem}")
@@ -312,22 +274,24 @@ def _check_space(part_folder: Path, staging: Path, files: Sequence[ExpectedFile]
     part_folder.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(part_folder).free
     if files and needed_bytes > free_bytes:
-        raise InstallError(
+        raise DiskSpaceError(
             f"the disk of {part_folder} has {human_bytes(free_bytes)} free, {human_bytes(needed_bytes)} are needed; "
             "free some, or choose a folder on another disk with --model-dir"
         )
 
 
+def _adopt(folder: Path, part: ModelPart, record: PartRecord | None, reasons: Sequence[str]) -> PartRecord:
+    """Record a part as it lies there, if all of it does; no hub has vouched for its content."""
+    known = record.files if record is not None else {}
+    checks = check_part(folder, part, known, next_command="run this again with a network")
+    missing = [check.name for check in checks if not (folder / check.name).is_file()]
+    broken = [check.line() for check in checks if not check.passed and check.name not in missing]
+    if missing or broken:
+        absent = [f"{part.name}: missing {', '.join(missing)}"] if missing else []
+        raise InstallError("\n".join([*absent, *broken, *(f"{part.name}: {reason}" for reason in reasons)]))
+    return PartRecord(None, None, None, False, {check.name: _as_it_is(folder, check.name) for check in checks})
+
+
 def _as_it_is(folder: Path, name: str) -> ExpectedFile:
     got = hash_file(folder / name)
     return ExpectedFile(name, got.size_bytes, got.sha256)
-
-
-def _inside(part: ModelPart, path: str) -> str:
-    """A path of a part's repository as a path inside the model folder."""
-    return f"{part.subfolder}/{path}" if part.subfolder else path
-
-
-def _beside(folder: Path, mark: str) -> Path:
-    """A hidden sibling, on the same disk, under a name that nobody else takes."""
-    return folder.with_name(f".{folder.name}.{mark}")

@@ -15,8 +15,8 @@ MANIFEST_NAME = ".verified.json"
 MANIFEST_VERSION = 1
 HASH_BLOCK_BYTES = 1 << 22
 POINTER_BYTES = 1024  # a git-lfs pointer is about 130 bytes of text
-# Written to by a working installation (`save_spkinfo`), or by its owner: a change is told, and is no fault.
-OWNERS_FILES = ("spk2info.pt", "cosyvoice.yaml")
+WEIGHT_SUFFIXES = (".pt", ".onnx", ".safetensors", ".zip", ".bin")
+SPEAKERS_FILE = "spk2info.pt"  # `CosyVoice.save_spkinfo` writes to it
 
 
 class ModelPart(NamedTuple):
@@ -216,9 +216,23 @@ def _check_file(folder: Path, name: str, recorded: ExpectedFile | None, next_com
     problem = difference(hash_file(path), recorded)
     if problem is None:
         return Check(name, True, f"{size}, sha256 as recorded")
-    if name in OWNERS_FILES:
+    if may_be_edited(name):
         return Check(name, True, f"{size}, changed since it was recorded (this file may be edited)")
     return Check(name, False, f"changed since it was recorded: got {problem}; next: {next_command}")
+
+
+def may_be_edited(path: str) -> bool:
+    """Whether a change of a published file may be its owner's will; it is told then, but is no fault.
+
+    The hubs themselves differ in such files: each has its own README.
+
+    Args:
+        path: the file's path in its repository or model folder.
+
+    Returns:
+        True for text, and for the named speakers; False for weights.
+    """
+    return path == SPEAKERS_FILE or not path.endswith(WEIGHT_SUFFIXES)
 
 
 def human_bytes(size_bytes: int) -> str:

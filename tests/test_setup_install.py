@@ -15,7 +15,7 @@ from published_model import COSYVOICE_REPOSITORIES, WHISPER_REPOSITORIES, publis
 
 import setup_cosyvoice
 from taste.hub import HuggingFaceHub, ModelScopeHub
-from taste.model_install import AnotherModelError, Installer, InstallError
+from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
 from taste.output_lock import OutputBusyError, OutputLock
 from taste.settings import parse_settings
 from taste.verify import MANIFEST_NAME, read_manifest
@@ -350,6 +350,33 @@ def test_a_configuration_that_its_owner_edited_is_kept(world, verified_before):
     assert (world.folder / "hift.pt").is_file()
 
 
+def test_the_hubs_own_readmes_and_settings_may_differ(world):
+    for server, words in ((world.modelscope, b"here"), (world.hugging_face, b"there")):
+        for files in server.repositories.values():
+            files["README.md"] = b"# published " + words
+            if "config.json" in files:
+                files["config.json"] = b'{"from": "%s"}' % words
+    world.installer("--source", "modelscope").install()
+    manifest = world.folder / MANIFEST_NAME
+    manifest.unlink()
+
+    world.installer("--source", "huggingface").install()
+    assert (world.folder / "README.md").read_bytes() == b"# published here"
+    assert (world.folder / "whisper/config.json").read_bytes() == b'{"from": "here"}'
+    assert len(world.hugging_face.fetched) == 0
+
+
+def test_a_part_that_two_hubs_began_ends_as_one_hub_s(world):
+    for repository, files in published("Hugging Face", seed=1).items():
+        world.hugging_face.repositories[repository] = files
+    world.modelscope.faults["flow.pt"] = Fault(status=404)
+
+    world.installer("--no-whisper").install()
+    wanted = world.hugging_face.repositories[COSYVOICE_REPOSITORIES["Hugging Face"]]
+    for name in ("llm.pt", "flow.pt", "hift.pt", "campplus.onnx"):
+        assert (world.folder / name).read_bytes() == wanted[name]
+
+
 def test_a_manifest_that_was_cut_off_is_made_again(world):
     world.installer().install()
     truncate(world.folder / MANIFEST_NAME)
@@ -362,7 +389,7 @@ def test_a_manifest_that_was_cut_off_is_made_again(world):
 def test_a_download_that_the_disk_cannot_hold_is_not_begun(world):
     world.modelscope.faults["llm.pt"] = Fault(listed_size_bytes=10**15)
 
-    with pytest.raises(InstallError, match=r"1000000\.\d+ GB are needed; free some"):
+    with pytest.raises(DiskSpaceError, match=r"1000000\.\d+ GB are needed; free some"):
         world.installer("--no-whisper").install()
     assert world.fetched == []
 
@@ -407,6 +434,13 @@ def test_a_replacement_keeps_what_only_the_old_folder_holds(world):
     assert (world.folder / "whisper/model.safetensors").stat().st_ino == whisper  # moved, not copied
     assert set(read_manifest(world.folder)) == {"CosyVoice", "Whisper"}
     assert world.fetched.count("llm.pt") == 2
+
+
+def test_a_replacement_of_nothing_is_an_installation(world):
+    world.installer().replace()
+
+    assert files_under(world.folder) == NEEDED | {MANIFEST_NAME}
+    assert [path.name for path in world.folder.parent.iterdir()] == [world.folder.name]
 
 
 @pytest.mark.parametrize("died_after", ["the first rename", "the second rename"])

@@ -162,6 +162,24 @@ def test_verify_only_lists_every_problem_once(tmp_path, no_network, capsys):
     assert "3 of " in out
 
 
+def test_a_folder_with_another_model_is_told_apart_from_a_missing_network(tmp_path):
+    shutil.copytree(TINY, tmp_path / "CosyVoice-300M")
+    with HubServer(published("ModelScope")) as modelscope, HubServer(published("Hugging Face")) as hugging_face:
+        done = run(env=environment(tmp_path, modelscope.address, hugging_face.address), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "this seems to be another model, and nothing was touched" in done.stderr
+    assert "hf download" not in done.stderr
+
+
+def test_a_client_that_is_switched_to_offline_says_so(tmp_path):
+    with HubServer(published("Hugging Face")) as server:
+        env = {**environment(tmp_path, hugging_face=server.address), "HF_HUB_OFFLINE": "1"}
+        done = run(env=env, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Hugging Face is switched off by HF_HUB_OFFLINE" in done.stderr
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("flags", [["--surce", "auto"], ["--source", "elsewhere"]])
 def test_wrong_usage_ends_with_code_2(flags):
     try:
