@@ -59,7 +59,7 @@ COSYVOICE_MODEL_DIR = "CosyVoice-tiny"  # model folder; CosyVoice-300M for the r
 VARIANT = "simple"  # text_only: CosyVoice's own LM; simple: told by the recording through an aggregator
 FREEZE_LLM = False  # True: only the new parts learn; False: everything from the text encoder to the output layer
 USE_SPEAKER = True  # give the LM the speaker's vector
-NUM_EPOCHS = 12  # passes over the training set; 0: train nothing, evaluate and generate only
+NUM_EPOCHS = 20  # passes over the training set; 0: train nothing, evaluate and generate only
 BATCH_SIZE = 8  # utterances a process looks at together; 16 for 300M on a GPU with 24 GB
 ACCUMULATION_STEPS = 1  # batches that make one step of the optimizer; 4 for 300M
 LR = 3e-3  # peak learning rate; for 300M 1e-4 (FREEZE_LLM = False: 2e-5)
@@ -276,8 +276,9 @@ def train(
             print(f"going on from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
             draw(trainer.progress.history)
     elif accelerator.is_main_process:
-        for left_over in (trainer.last_path, trainer.best_path):
-            left_over.unlink(missing_ok=True)
+        for old_path in (trainer.last_path, trainer.best_path):
+            for file in (old_path, old_path.with_suffix(".json")):
+                file.unlink(missing_ok=True)
     if accelerator.is_main_process:
         settings.save(run_folder / "settings.json")
     progress = trainer.fit()

@@ -78,6 +78,12 @@ def test_units_that_are_none_or_empty_are_left_out(paths):
     assert dataset.selection.left_out["without S3 units"] == ["utt-00", "utt-03"]
 
 
+def test_an_utterance_without_a_speaker_vector_is_left_out(paths):
+    rewrite(paths.info, lambda content: content["utt-01"].pop("spk_embedding"))
+    dataset = open_dataset(paths, SIZES)
+    assert dataset.selection.left_out == {"without a speaker vector": ["utt-01"]}
+
+
 def test_an_utterance_longer_than_the_language_model_reads_is_left_out(paths):
     rewrite(paths.units, lambda content: content.update({"utt-02": [1] * 4996}))
     dataset = open_dataset(paths, SIZES)

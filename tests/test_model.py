@@ -172,6 +172,12 @@ def test_exactly_the_learning_parts_get_gradients_and_leave_eval_mode(variant, o
             assert part.training == learns, name
 
 
+def test_frozen_parts_are_in_eval_mode_from_the_start():
+    llm = small_model("text_only").llm.train()
+    model = CosyVoiceS3Model(llm, variant="text_only", freeze_llm=True)
+    assert model.training and not llm.training and not llm.llm.training
+
+
 def test_a_frozen_language_model_drops_nothing_out_in_training(batch):
     model = small_model("simple", freeze_llm=True).train()
     assert torch.equal(model(batch).loss_sums, model(batch).loss_sums)

@@ -13,6 +13,7 @@ import torch
 import model_code
 from taste.checkpoint import load_checkpoint
 from taste.output_lock import OutputLock
+from taste.training import RunStopped
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import random_examples, write_features
 
@@ -132,6 +133,17 @@ def test_changed_settings_do_not_mix_with_an_earlier_run(work, capsys):
     assert all(torch.equal(value, work.weights("simple")[name]) for name, value in before.items())
     assert work.run(lr=0.5, run_name="fast") == 0
     assert work.run(lr=0.01, resume="never") == 0
+
+
+def test_starting_anew_takes_the_old_checkpoints_away_first(work, monkeypatch):
+    assert work.run(num_epochs=1) == 0
+
+    def stop_at_once(trainer):
+        raise RunStopped("asked before anything was saved")
+
+    monkeypatch.setattr("taste.training.Trainer.fit", stop_at_once)
+    assert work.run(num_epochs=1, resume="never", lr=0.01) == 143
+    assert not list((work.folder / "exp" / "simple" / "checkpoints").glob("*"))
 
 
 def test_a_checkpoint_can_be_evaluated_without_training(work):
