@@ -67,8 +67,9 @@ def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int
         ):
             times = np.arange(len(units)) / UNITS_PER_SECOND
             axes.scatter(times, units, s=9, c=colour, marker=marker, linewidths=0.8, label=label)
-        axes.set(title=utt_id, ylabel="S3 unit")
-        axes.legend(loc="upper right", fontsize="small")
+        axes.set(ylabel="S3 unit")
+        axes.set_title(utt_id, loc="left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
     np.atleast_1d(panels)[-1].set_xlabel("seconds")
     _save(figure, path)
 
