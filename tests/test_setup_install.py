@@ -14,6 +14,7 @@ from hub_server import Fault, HubServer, sha256
 from published_model import COSYVOICE_REPOSITORIES, WHISPER_REPOSITORIES, published, write_folder
 
 import setup_cosyvoice
+from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
 from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
 from taste.output_lock import OutputBusyError, OutputLock
@@ -326,6 +327,16 @@ def test_a_damaged_file_of_an_adopted_folder_is_fetched_again_and_no_other(world
     assert (world.folder / name).read_bytes() == content_of(world, name)
 
 
+@pytest.mark.parametrize("harm", [empty, point])
+@pytest.mark.parametrize("name", ["cosyvoice.yaml", "whisper/config.json"])
+def test_a_text_file_that_is_no_edit_is_fetched_again(world, harm, name):
+    place_all(world)
+    harm(world.folder / name)
+
+    world.installer().install()
+    assert (world.folder / name).read_bytes() == content_of(world, name)
+
+
 def test_a_flipped_byte_in_a_verified_folder_is_found_and_mended(world):
     world.installer().install()
     damage(world.folder / "campplus.onnx")
@@ -426,11 +437,13 @@ def test_a_replacement_takes_the_place_of_the_old_folder_only_once_it_is_complet
 def test_a_replacement_keeps_what_only_the_old_folder_holds(world):
     world.installer().install()
     write_folder(world.folder, {"spk2info.pt": b"PK my speakers", "mine/notes.txt": b"notes"})
+    write_folder(world.folder, {".download/Hugging-Face/CosyVoice/llm.pt.0123.partial": b"half"})
     whisper = (world.folder / "whisper/model.safetensors").stat().st_ino
 
     world.installer("--no-whisper").replace()
     assert (world.folder / "spk2info.pt").read_bytes() == b"PK my speakers"
     assert (world.folder / "mine/notes.txt").read_bytes() == b"notes"
+    assert not (world.folder / ".download").exists()
     assert (world.folder / "whisper/model.safetensors").stat().st_ino == whisper  # moved, not copied
     assert set(read_manifest(world.folder)) == {"CosyVoice", "Whisper"}
     assert world.fetched.count("llm.pt") == 2
@@ -441,6 +454,23 @@ def test_a_replacement_of_nothing_is_an_installation(world):
 
     assert files_under(world.folder) == NEEDED | {MANIFEST_NAME}
     assert [path.name for path in world.folder.parent.iterdir()] == [world.folder.name]
+
+
+def test_a_replacement_that_cannot_take_the_place_leaves_both_folders(world, monkeypatch):
+    world.installer().install()
+    write_folder(world.folder, {"mine.txt": b"mine"})
+    rename = Path.rename
+
+    def refuse_the_new_one(path: Path, target: Path) -> Path:
+        if path.name.endswith(".setup-new"):
+            raise OSError("the disk has gone read-only")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(SwapError, match=r"complete in .*\.setup-new, but cannot .* read-only"):
+        world.installer().replace()
+    assert files_under(world.folder) == NEEDED | {MANIFEST_NAME, "mine.txt"}
+    assert files_under(world.folder.with_name(".CosyVoice-300M.setup-new")) == NEEDED | {MANIFEST_NAME}
 
 
 @pytest.mark.parametrize("died_after", ["the first rename", "the second rename"])

@@ -168,6 +168,7 @@ def test_a_folder_with_another_model_is_told_apart_from_a_missing_network(tmp_pa
         done = run(env=environment(tmp_path, modelscope.address, hugging_face.address), cwd=tmp_path)
     assert done.returncode == 1
     assert "this seems to be another model, and nothing was touched" in done.stderr
+    assert done.stderr.startswith("error: ")
     assert "hf download" not in done.stderr
 
 
