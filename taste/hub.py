@@ -71,7 +71,7 @@ class HuggingFaceHub:
             HubUnreachableError: no answer.
             HubError: there is no such repository, or it is not open to this user.
         """
-        from huggingface_hub import HfApi, RepoFile
+        from huggingface_hub.hf_api import HfApi, RepoFile
 
         api = HfApi(endpoint=self._endpoint)
         with _hugging_face_errors(repository):

@@ -10,6 +10,7 @@ It is data in, bytes out; every fault is one that real hubs, proxies and cables 
 
 import hashlib
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,8 +63,7 @@ class HubServer:
         class Handler(_Handler):
             server_state = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -88,6 +88,14 @@ class HubServer:
     def fetched(self) -> list[str]:
         """The files whose content was asked for, in order, once for each time."""
         return [str(request.file) for request in self.fetches]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no error here
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
