@@ -1,7 +1,12 @@
 """Fixtures every test may use: where the reference outputs lie, and what they hold."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+# One thread, here and in the scripts that tests start: sums in another order differ in the last bit, and tests compare
+# what a script wrote with what was computed here. Set before torch is imported, which reads it once.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

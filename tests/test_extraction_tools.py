@@ -33,7 +33,7 @@ def start(command: list[str | Path], **environment: str) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | environment,
         start_new_session=True,  # a process group of its own, as under a terminal
     )
 

@@ -236,7 +236,6 @@ def start(work: Workplace, **options) -> subprocess.Popen:
     """The script in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "model_code.py"), *work.words(**options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=work.folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -290,16 +289,20 @@ def test_two_processes_train_like_one_that_accumulates_twice_as_much(work):
     frozen = {"freeze_llm": True, "batch_size": 2}  # without dropout
     assert work.run(run_name="one", accumulation_steps=2, **frozen) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launcher, str(REPOSITORY / "model_code.py"), *work.words(run_name="two", **frozen)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=work.folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=2 * KILL_TIMEOUT_SECONDS,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   2") == 1  # only one of them speaks
+    try:
+        said, told = process.communicate(timeout=2 * KILL_TIMEOUT_SECONDS)
+    finally:
+        process.terminate()  # a launcher that is terminated ends its workers; one that is killed leaves them
+        process.wait(KILL_TIMEOUT_SECONDS)
+    assert process.returncode == 0, told
+    assert said.count("epoch   2") == 1  # only one of them speaks
     for one, two in zip(work.metrics("one")["history"], work.metrics("two")["history"], strict=True):
         for part in ("train", "test"):
             assert two[part] == pytest.approx(one[part], rel=1e-5)

@@ -29,7 +29,6 @@ def environment(tmp_path: Path, modelscope: str = CLOSED_ADDRESS, hugging_face: 
         "MODELSCOPE_ENDPOINT": modelscope,
         "MODELSCOPE_HOME": str(tmp_path / "home"),
         "MODELSCOPE_CACHE": str(tmp_path / "home"),
-        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -69,7 +69,6 @@ def _start(words: list[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, SCRIPT, *words],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
