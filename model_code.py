@@ -27,7 +27,7 @@ import taste
 from cosyvoice.utils.model_dir import ModelSizes, sizes
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.checkpoint import code_commit, load_checkpoint, write_json
-from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
+from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset, spread_evenly
 from taste.generation import Sampling
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model, build_model
@@ -374,14 +374,15 @@ def show(
     """
     if not settings.generate_utterances:
         return {}
-    shown = test_set.subset(range(min(settings.generate_utterances, len(test_set))))
+    shown = test_set.subset(spread_evenly(len(test_set), settings.generate_utterances))
     torch.manual_seed(settings.seed)
     units = generate_units(model, shown, settings.generate_batch_size, sampling, device, stop_requested)
     results: dict[str, Any] = {"generation": report_units(shown, units, run_folder)}
     if settings.decode_wavs:
         decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
-        decoded = shown.subset(range(min(settings.decode_wavs, len(shown))))
-        results["wavs"] = decode_units(decoder, decoded, units, run_folder, settings.seed, stop_requested)
+        chosen = spread_evenly(len(shown), settings.decode_wavs)
+        decoded, their_units = shown.subset(chosen), units.subset(chosen)
+        results["wavs"] = decode_units(decoder, decoded, their_units, run_folder, settings.seed, stop_requested)
     return results
 
 

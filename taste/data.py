@@ -169,6 +169,20 @@ class UtteranceDataset(Dataset[Example]):
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def spread_evenly(count: int, wanted: int) -> list[int]:
+    """Choose some of many, from all of them alike: data is often sorted by speaker.
+
+    Args:
+        count: how many there are.
+        wanted: how many to choose.
+
+    Returns:
+        rising numbers below `count`, all of them where fewer are there than wanted.
+    """
+    wanted = min(wanted, count)
+    return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]  # the middle of each part
+
+
 def open_dataset(paths: FeaturePaths, sizes: ModelSizes) -> UtteranceDataset:
     """Open the feature files of a split and keep the utterances that have everything.
 

@@ -1,22 +1,19 @@
 """Takes a list of recordings through a model, batch after batch, so that a run stopped anywhere can go on."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from taste.atomic import atomic_path
+from taste.failures import Failure, list_failures
 from taste.feature_store import FeatureWriter, chunk_folder
 from taste.interrupt import StopRequest
 from taste.prefetch import prefetched
 from taste.provenance import check_made_with
 from taste.recordings import Recording, plan_batches
-from taste.utterance_features import Failure
 
 SOME_FAILED_EXIT_CODE = 3
 
@@ -86,7 +83,7 @@ def extract(
                 if stop.requested:
                     break
         writer.flush()
-        _list_failures(output.with_suffix(".failures.jsonl"), failures)
+        list_failures(output, failures)
         seconds = time.monotonic() - started
         if stop.requested:
             print(f"stopped after {seconds:.1f} s with {len(writer.done_ids)} recordings saved; run the same again")
@@ -112,14 +109,3 @@ def _store_batch(results: Sequence[tuple[str, Any] | Failure], work: Work, write
     if writer.is_full:
         writer.flush()
     return [result for result in results if isinstance(result, Failure)]
-
-
-def _list_failures(path: Path, failures: Sequence[Failure]) -> None:
-    """One JSON object a line; no file where nothing failed."""
-    path.unlink(missing_ok=True)
-    if not failures:
-        return
-    with atomic_path(path) as temporary:
-        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in failures]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{len(failures)} recordings failed; they are listed in {path}", file=sys.stderr)

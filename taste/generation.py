@@ -47,6 +47,17 @@ class Generated(NamedTuple):
     units: list[list[int]]
     ended: list[bool]  # True where the model said EOS, False where the length limit cut it off
 
+    def subset(self, indices: Sequence[int]) -> "Generated":
+        """Some of the utterances.
+
+        Args:
+            indices: their places in the batch.
+
+        Returns:
+            what was generated for them, in the order of `indices`.
+        """
+        return Generated([self.units[index] for index in indices], [self.ended[index] for index in indices])
+
 
 @torch.inference_mode()
 def generate(model: CosyVoiceS3Model, batch: Batch, sampling: Sampling) -> Generated:

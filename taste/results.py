@@ -9,7 +9,7 @@ import torch
 
 from taste.audio import AudioError, read_audio, write_wav
 from taste.checkpoint import write_json
-from taste.data import UtteranceDataset
+from taste.data import UtteranceDataset, spread_evenly
 from taste.epoch_plan import batches_by_length
 from taste.generation import Generated, Sampling, generate
 from taste.metrics import compare_units
@@ -79,11 +79,12 @@ def report_units(dataset: UtteranceDataset, made: Generated, run_folder: Path) -
         utt_id: {"true": list(row), "generated": predicted, "ended": ended} for utt_id, row, predicted, ended in rows
     }
     write_json(run_folder / "generated_units.json", units)
+    shown = [rows[index] for index in spread_evenly(len(rows), SHOWN_UTTERANCES)]
     plot_units(
         run_folder / "figures" / "units.png",
-        [(utt_id, row, predicted) for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]],
+        [(utt_id, row, predicted) for utt_id, row, predicted, _ in shown],
     )
-    for utt_id, row, predicted, _ in rows[:SHOWN_UTTERANCES]:
+    for utt_id, row, predicted, _ in shown:
         print(f"\n{utt_id}: {dataset.info(utt_id).get('text', '')}")
         print(f"  true      ({len(row):4d})  {' '.join(map(str, row[:SHOWN_UNITS]))} ...")
         print(f"  generated ({len(predicted):4d})  {' '.join(map(str, predicted[:SHOWN_UNITS]))} ...")
@@ -103,7 +104,7 @@ def decode_units(
     Args:
         decoder: flow and HiFT.
         dataset: the utterances.
-        made: what was generated for them, and maybe for more that follow.
+        made: what was generated for them.
         run_folder: `wavs/` and `figures/` are written here.
         seed: of the decoder's noise.
         stop_requested: asked between utterances.

@@ -5,7 +5,7 @@ import torch
 
 from cosyvoice.utils.common import IGNORE_ID
 from taste.batch import collate
-from taste.data import FeaturePaths, features_exist, hold_out, open_dataset, real_frames
+from taste.data import FeaturePaths, features_exist, hold_out, open_dataset, real_frames, spread_evenly
 from taste.feature_store import FeatureFileError, FeatureWriter
 from tests.small_stage3 import SIZES, random_examples, small_dataset, write_features
 
@@ -213,3 +213,9 @@ def test_the_fingerprint_tells_other_data_apart(tmp_path):
     dataset = small_dataset(tmp_path, "train", LENGTHS)
     assert dataset.fingerprint() == small_dataset(tmp_path, "again", LENGTHS).fingerprint()
     assert dataset.fingerprint() != dataset.subset([0, 1, 2]).fingerprint()
+
+
+def test_utterances_to_show_come_from_all_parts_of_the_data():
+    assert spread_evenly(15, 4) == [1, 5, 9, 13]
+    assert spread_evenly(5, 5) == spread_evenly(5, 9) == [0, 1, 2, 3, 4]
+    assert spread_evenly(5, 0) == []
