@@ -1,7 +1,7 @@
 # One command each: `make demo` sets everything up and runs the four stages on the embedded model; `make test` tests it.
 PYTHON ?= python3        # the interpreter that makes the virtual environment (3.10 - 3.13)
 VENV ?= .venv
-DEMO_EPOCHS ?= 12        # passes over the 60 demo utterances, each variant
+DEMO_EPOCHS ?= 20        # passes over the 60 demo utterances, each variant
 DEMO_WAVS ?= 4           # test utterances decoded to sound, each variant
 
 PYTHON := $(strip $(PYTHON))
@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: setup  ## run all four stages on the embedded model and corpus (about 5 minutes on 2 cores)
+demo: setup  ## run all four stages on the embedded model and corpus (about 2 minutes on 2 cores)
 	$(RUN) setup_cosyvoice.py --model-dir CosyVoice-tiny --verify-only --deep-verify
 	$(RUN) utt2text_and_feature.py --jsonl json/train.jsonl
 	$(RUN) utt2text_and_feature.py --jsonl json/test.jsonl

@@ -7,7 +7,7 @@ Out:  utt2_output/{split}_text_emb.pt       {utt_id: [T, D_text]}
                                              speaker where the manifest names one}
       and beside the last one its .failures.jsonl, .settings.json and .made_with.json
 
-    python utt2text_and_feature.py --jsonl json/train.jsonl --model_dir CosyVoice-300M --whisper_dir whisper-large-v3
+    python utt2text_and_feature.py --jsonl json/train.jsonl --model_dir CosyVoice-300M
     python utt2text_and_feature.py --jsonl json/test.jsonl          # the embedded models, under a minute
 
 Run the same command again after any stop: it goes on where it was. Exit codes: 0 all good, 1 error, 2 wrong usage,
