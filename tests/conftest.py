@@ -1,6 +1,7 @@
 """Fixtures every test may use: where the reference outputs lie, and what they hold."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import pytest
 import torch
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C: a shell that starts the tests in the background ignores it, and so would the scripts they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
