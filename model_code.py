@@ -2,10 +2,12 @@
 
 Reads what stages 1 and 2 wrote (utt2_output/, s3_output/) and a model folder. Writes loss_curve.png beside this script,
 and everything else under exp/<run>/: settings.json, metrics.jsonl (every step), metrics.json (the results),
-checkpoints/, generated_units.json, figures/ and wavs/.
+checkpoints/, generated_units.json, wavs/ (each utterance: original, true units, predicted) and figures/ (their mels,
+the alignment of text and recording, the units).
 
     python model_code.py                                       # train, evaluate, generate, decode to sound
     python model_code.py --variant text_only                   # the baseline that hears nothing
+    python model_code.py --init-from text_only                 # and one that starts from its weights
     python model_code.py --num-epochs 1 --decode-wavs 1        # a look in half a minute
     python model_code.py --num-epochs 0 --resume exp/simple/checkpoints/best.pt    # evaluate and generate only
     accelerate launch --num_processes 4 model_code.py          # four GPUs
@@ -24,20 +26,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import taste
-from cosyvoice.utils.model_dir import ModelSizes, sizes
+from cosyvoice.utils.model_dir import ModelSizes, get_tokenizer, sizes
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.checkpoint import code_commit, load_checkpoint, write_json
 from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset, spread_evenly
 from taste.generation import Sampling
 from taste.interrupt import StopRequest
+from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model, build_model
 from taste.output_lock import OutputBusyError, OutputLock
 from taste.plots import plot_losses
-from taste.results import decode_units, epoch_line, generate_units, report_units, summary
+from taste.results import (
+    attention_of,
+    decode_units,
+    draw_alignments,
+    epoch_line,
+    generate_units,
+    report_units,
+    summary,
+)
 from taste.scoring import evaluate
 from taste.settings import Settings, parse_settings, pick_device
 from taste.synthesis import UnitDecoder
 from taste.training import NonFiniteLossError, RunStopped, Trainer, TrainingConfig
+from taste.warm_start import find_start, start_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +69,7 @@ COSYVOICE_MODEL_DIR = "CosyVoice-tiny"  # model folder; CosyVoice-300M for the r
 
 # --- what to train ------------------------------------------------------------
 VARIANT = "simple"  # text_only: CosyVoice's own LM; simple: told by the recording through an aggregator
+INIT_FROM = None  # str: run whose weights start this one (exp/<run> or a checkpoint file); none: the model folder's
 FREEZE_LLM = False  # True: only the new parts learn; False: everything from the text encoder to the output layer
 USE_SPEAKER = True  # give the LM the speaker's vector
 NUM_EPOCHS = 20  # passes over the training set; 0: train nothing, evaluate and generate only
@@ -79,14 +92,14 @@ SAMPLING = "ras"  # greedy, top_k, ras (repetition-aware, as the model folder co
 TOP_K = 10  # codes that top_k draws from; the paper: 10, and 25 for text_only
 LEAST_UNITS_PER_TOKEN = 3.0  # the end is forbidden before so many units a text token
 MOST_UNITS_PER_TOKEN = 30.0  # and forced at so many
-DECODE_WAVS = 4  # generated utterances to decode to sound, beside the true units; 0: none
+DECODE_WAVS = 4  # generated utterances to decode to sound and to draw, beside the true units; 0: none
 RUN_NAME = None  # str: folder under EXP_DIR; none: the variant's name
 EXP_DIR = "exp"  # where runs lie
 LOSS_CURVE_PATH = None  # str: picture of the losses; none: loss_curve.png beside this script
 
 # settings that a run cannot change half-way
 _DECIDES_TRAINING = (
-    *("variant", "freeze_llm", "use_speaker", "batch_size", "accumulation_steps", "lr", "warmup_steps"),
+    *("variant", "init_from", "freeze_llm", "use_speaker", "batch_size", "accumulation_steps", "lr", "warmup_steps"),
     *("weight_decay", "grad_clip", "seed"),
 )
 
@@ -155,11 +168,16 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
     say(describe_model(model))
 
     with _sole_writer(run_folder, accelerator):
-        checkpoint = find_checkpoint(settings, run_folder)
+        checkpoint, start = find_checkpoint(settings, run_folder), None
+        if settings.init_from and not checkpoint:
+            start = start_from(model, find_start(settings.init_from, Path(settings.exp_dir)))
+            say(describe_start(start))
         if settings.num_epochs:
-            results = train(settings, model, train_set, test_set, run_folder, accelerator, checkpoint, stop_requested)
+            results = train(
+                settings, model, train_set, test_set, run_folder, accelerator, checkpoint, start, stop_requested
+            )
         else:
-            say(f"evaluating {checkpoint or 'the model folder as it is'}")
+            say(f"evaluating {checkpoint or settings.init_from or 'the model folder as it is'}")
             results = evaluate_only(settings, model, test_set, accelerator, checkpoint)
         if accelerator.is_main_process:
             results |= show(settings, model, test_set, sampling, run_folder, accelerator.device, stop_requested)
@@ -231,6 +249,7 @@ def train(
     run_folder: Path,
     accelerator: "Accelerator",
     checkpoint_path: Path | None,
+    start: dict[str, Any] | None,
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any]:
     """Train, or go on training, and leave the model with its best weights.
@@ -243,6 +262,7 @@ def train(
         run_folder: where everything is written.
         accelerator: device and processes.
         checkpoint_path: to go on from; None starts anew.
+        start: what `start_from` noted about the weights that the model starts with; None for the model folder's.
         stop_requested: asked between batches.
 
     Returns:
@@ -257,7 +277,12 @@ def train(
     config = TrainingConfig(
         **{name: getattr(settings, name) for name in (*names, "seed", "checkpoint_every", "num_workers")}
     )
-    notes = {"settings": settings.to_dict(), "commit": code_commit(taste.REPOSITORY)}
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    notes = {
+        "settings": settings.to_dict(),
+        "commit": code_commit(taste.REPOSITORY),
+        "started_from": checkpoint.notes.get("started_from") if checkpoint else start,
+    }
     curve_path = Path(settings.loss_curve_path or Path(__file__).with_name("loss_curve.png"))
 
     def draw(history: list[dict[str, Any]]) -> None:
@@ -268,8 +293,7 @@ def train(
         draw(history)
 
     trainer = Trainer(model, train_set, test_set, config, run_folder, accelerator, notes, stop_requested, show_epoch)
-    if checkpoint_path:
-        checkpoint = load_checkpoint(checkpoint_path)
+    if checkpoint:
         check_same_settings(settings, checkpoint.notes["settings"], checkpoint_path)
         trainer.resume(checkpoint)
         if accelerator.is_main_process:
@@ -285,6 +309,7 @@ def train(
     model.load_learned_state(load_checkpoint(trainer.best_path).weights)
     return {
         "checkpoint": str(trainer.best_path),
+        "started_from": notes["started_from"],
         "test": progress.history[progress.best_epoch]["test"],
         "best_epoch": progress.best_epoch,
         "history": progress.history,
@@ -313,7 +338,7 @@ def evaluate_only(
     Raises:
         ValueError: the checkpoint does not fit the model.
     """
-    results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.cosyvoice_model_dir)}
+    results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.init_from or settings.cosyvoice_model_dir)}
     if checkpoint_path:
         checkpoint = load_checkpoint(checkpoint_path)
         model.load_learned_state(checkpoint.weights)
@@ -378,11 +403,17 @@ def show(
     torch.manual_seed(settings.seed)
     units = generate_units(model, shown, settings.generate_batch_size, sampling, device, stop_requested)
     results: dict[str, Any] = {"generation": report_units(shown, units, run_folder)}
+    weights = attention_of(model, shown, device) if model.aggregator else []
+    if weights:
+        results["attention"] = describe_attention(weights)
     if settings.decode_wavs:
         decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
         chosen = spread_evenly(len(shown), settings.decode_wavs)
         decoded, their_units = shown.subset(chosen), units.subset(chosen)
         results["wavs"] = decode_units(decoder, decoded, their_units, run_folder, settings.seed, stop_requested)
+        if weights:
+            tokenizer = get_tokenizer(settings.cosyvoice_model_dir)
+            draw_alignments([weights[index] for index in chosen], decoder, decoded, tokenizer, run_folder)
     return results
 
 
@@ -398,6 +429,19 @@ def describe_model(model: CosyVoiceS3Model) -> str:
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     everything = sum(parameter.numel() for parameter in model.parameters())
     return f"model {model.variant}: {learning:,} of {everything:,} parameters learn"
+
+
+def describe_start(start: dict[str, Any]) -> str:
+    """One line about the weights that a run starts with.
+
+    Args:
+        start: what `start_from` noted.
+
+    Returns:
+        the line.
+    """
+    new = f"; {', '.join(start['new_parts'])} begin at random" if start["new_parts"] else ""
+    return f"starting from {start['checkpoint']} ({start['variant']}, epoch {start['epoch']}){new}"
 
 
 @contextmanager

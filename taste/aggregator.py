@@ -1,5 +1,7 @@
 """Cross-attention that turns a recording's frames into one vector for each text token."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,14 +47,36 @@ class SimpleTextSpeechAggregator(nn.Module):
         Raises:
             ValueError: the features do not have the width this aggregator was built for.
         """
-        for name, features in (("final", final), ("mid", mid)):
-            if features.shape[-1] != self.speech_width:
-                raise ValueError(
-                    f"the {name} Whisper features are {features.shape[-1]} wide, the aggregator was built for "
-                    f"{self.speech_width}; use features of the Whisper model it was trained with"
-                )
+        self._check_width("final", final)
+        self._check_width("mid", mid)
         real_frames = valid_mask(speech_lengths, final.shape[1])  # [B, A]
         attended = F.scaled_dot_product_attention(
             self.query(text), self.key(final), self.value(mid), attn_mask=real_frames[:, None, :]
         )
         return self.output(attended)
+
+    def attention(self, text: Tensor, final: Tensor, speech_lengths: Tensor) -> Tensor:
+        """Where each text token looks: the weights that `forward` uses without ever writing them down.
+
+        Args:
+            text: as for `forward`.
+            final: as for `forward`.
+            speech_lengths: as for `forward`.
+
+        Returns:
+            weights [B, T, A], float, each token's sum to 1; zero behind a recording's end.
+
+        Raises:
+            ValueError: the features do not have the width this aggregator was built for.
+        """
+        self._check_width("final", final)
+        scores = self.query(text) @ self.key(final).mT / math.sqrt(self.text_width)  # [B, T, A]
+        real_frames = valid_mask(speech_lengths, final.shape[1])  # [B, A]
+        return scores.masked_fill(~real_frames[:, None, :], -math.inf).softmax(dim=-1)
+
+    def _check_width(self, name: str, features: Tensor) -> None:
+        if features.shape[-1] != self.speech_width:
+            raise ValueError(
+                f"the {name} Whisper features are {features.shape[-1]} wide, the aggregator was built for "
+                f"{self.speech_width}; use features of the Whisper model it was trained with"
+            )

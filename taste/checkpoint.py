@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,22 @@ def frozen_fingerprint(model: nn.Module, learned: dict[str, Tensor]) -> str:
     Returns:
         16 hexadecimal digits, equal for equal weights.
     """
+    return weights_fingerprint({name: value for name, value in model.state_dict().items() if name not in learned})
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A short hash of some weights.
+
+    Args:
+        weights: by name, on any device.
+
+    Returns:
+        16 hexadecimal digits, equal for equal names and values in whatever order.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(model.state_dict().items()):
-        if name not in learned:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

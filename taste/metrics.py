@@ -1,9 +1,15 @@
-"""How close generated S3 units come to the true ones."""
+"""How close generated S3 units come to the true ones, and how well text is found in a recording."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+# T text tokens   A Whisper frames, 50 Hz
+FRAMES_PER_SECOND = 50
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,32 @@ def compare_units(
         bleu=sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none", force=True).score,
         unigram_f1=2 * common / (true_count + predicted_count),
     )
+
+
+def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
+    """Whether tokens look at the recording in the order in which they are spoken, and how closely.
+
+    Args:
+        weights: attention of each utterance, [T, A], each row's sum is 1.
+
+    Returns:
+        rising: share of neighbouring tokens of which the later one looks at a later place; looking anywhere gives 0.5,
+        speech that is followed 1. width_seconds: standard deviation of where one token looks, mean over tokens.
+        chance_width_seconds: that of a token which looks at all frames alike.
+    """
+    risen, pairs, widths, chance = 0, 0, [], []
+    for rows in weights:
+        times = torch.arange(rows.shape[1], device=rows.device) / FRAMES_PER_SECOND
+        centres = rows @ times  # [T], seconds
+        risen += int((centres.diff() > 0).sum())
+        pairs += len(centres) - 1
+        widths += (rows @ times.square() - centres.square()).clamp(min=0).sqrt().tolist()
+        chance += [float(times.std(correction=0))] * len(rows)
+    return {
+        "rising": risen / max(1, pairs),
+        "width_seconds": sum(widths) / len(widths),
+        "chance_width_seconds": sum(chance) / len(chance),
+    }
 
 
 def _as_words(units: Sequence[int]) -> str:

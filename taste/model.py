@@ -1,5 +1,6 @@
 """CosyVoice's language model, told by a recording how to speak its text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,9 @@ class CosyVoiceS3Model(nn.Module):
             self.text_norm = nn.LayerNorm(aggregator.text_width)
             self.speech_norm = nn.LayerNorm(aggregator.text_width)
             self.input_proj = nn.Linear(aggregator.text_width, llm.llm_input_size)
-        self.frozen_parts = self._parts_that_rest(freeze_llm)  # names of submodules
+        self.idle_parts = self._parts_that_rest(freeze_llm=False)  # names of submodules that have no work
+        self.frozen_parts = self._parts_that_rest(freeze_llm)  # those that do not learn, idle or not
+        self.carried_names: frozenset[str] = frozenset()  # frozen weights that are not those of the model folder
         for name in self.frozen_parts:
             self.get_submodule(name).requires_grad_(False)
         self.train(self.training)
@@ -166,6 +169,24 @@ class CosyVoiceS3Model(nn.Module):
         rows = self._prefix_rows(batch)
         return Prefix(pad_sequence(rows, batch_first=True), _lengths_of(rows))
 
+    @torch.inference_mode()
+    def attention(self, batch: Batch) -> Tensor:
+        """Where each text token looks in the recording.
+
+        Args:
+            batch: the utterances; their units are not looked at.
+
+        Returns:
+            weights [B, T, A], zero behind a recording's end; rows of padded tokens mean nothing.
+
+        Raises:
+            ValueError: the variant has no aggregator, or the batch no Whisper features.
+        """
+        if self.aggregator is None:
+            raise ValueError(f"variant {self.variant!r} looks at no recording")
+        _, final, _, speech_lengths = self._heard(batch)
+        return self.aggregator.attention(batch.text, final, speech_lengths)
+
     @property
     def eos(self) -> int:
         """The class that ends an utterance, one more than the last unit."""
@@ -186,16 +207,21 @@ class CosyVoiceS3Model(nn.Module):
         return self
 
     def learned_state(self) -> dict[str, Tensor]:
-        """The weights that training can change, by name; the others are in the model folder.
+        """The weights that are not in the model folder, by name: those that training changes or changed before.
 
         Returns:
-            the entries of `state_dict()` that lie in no frozen part.
+            the entries of `state_dict()` that lie in no frozen part, and the frozen ones that came from another run.
         """
-        frozen = tuple(f"{name}." for name in self.frozen_parts)
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if name in self.carried_names or not lies_in(name, self.frozen_parts)
+        }
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `learned_state` gave.
+
+        Weights of frozen parts are taken too, where the state has them: they are another run's, and are carried on.
 
         Args:
             state: weights by name.
@@ -203,8 +229,9 @@ class CosyVoiceS3Model(nn.Module):
         Raises:
             ValueError: names or shapes are not those of this model; all differences are listed.
         """
-        own = self.learned_state()
-        problems = [f"missing: {name}" for name in own.keys() - state.keys()]
+        own = self.state_dict()
+        learned = {name for name in own if not lies_in(name, self.frozen_parts)}
+        problems = [f"missing: {name}" for name in learned - state.keys()]
         problems += [f"unknown: {name}" for name in state.keys() - own.keys()]
         problems += [
             f"{name} is {list(state[name].shape)}, this model has {list(own[name].shape)}"
@@ -217,7 +244,8 @@ class CosyVoiceS3Model(nn.Module):
                 + "\n  ".join(sorted(problems))
                 + "\nUse the settings, the model folder and the features it was trained with (see the .json beside it)."
             )
-        self.load_state_dict({**self.state_dict(), **state})
+        self.load_state_dict(own | state)
+        self.carried_names = frozenset(state.keys() - learned)
 
     def _prefix_rows(self, batch: Batch) -> list[Tensor]:
         """`[sos] [speaker] [text] [task]` of each row, unpadded: B tensors [P_b, D]."""
@@ -234,10 +262,14 @@ class CosyVoiceS3Model(nn.Module):
         if self.aggregator is None:
             encoded, _ = self.llm.encode(batch.text, batch.text_lengths)
             return encoded
+        speech = self.aggregator(*self._heard(batch))
+        return self.input_proj(self.text_norm(batch.text) + self.speech_norm(speech))
+
+    def _heard(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the aggregator reads, known to be there: text, final, mid, speech lengths."""
         if batch.speech_final is None or batch.speech_mid is None or batch.speech_lengths is None:
             raise ValueError(f"variant {self.variant!r} needs Whisper features, and the batch has none")
-        speech = self.aggregator(batch.text, batch.speech_final, batch.speech_mid, batch.speech_lengths)
-        return self.input_proj(self.text_norm(batch.text) + self.speech_norm(speech))
+        return batch.text, batch.speech_final, batch.speech_mid, batch.speech_lengths
 
     def _speaker_vectors(self, batch: Batch) -> Tensor:
         """The speaker's position, [B, 1, D]; [B, 0, D] when it is switched off."""
@@ -289,6 +321,19 @@ def build_model(
             raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
         aggregator = SimpleTextSpeechAggregator(llm.text_embedding.embedding_dim, speech_width)
     return CosyVoiceS3Model(llm, aggregator, variant=variant, freeze_llm=freeze_llm, use_speaker=use_speaker)
+
+
+def lies_in(name: str, parts: Sequence[str]) -> bool:
+    """Whether a weight belongs to one of some submodules.
+
+    Args:
+        name: of the weight.
+        parts: names of submodules.
+
+    Returns:
+        True where it does.
+    """
+    return name.startswith(tuple(f"{part}." for part in parts))
 
 
 def _lengths_of(rows: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The pictures of a run."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,17 @@ from taste.atomic import atomic_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
-# S S3 units, 50 Hz   F mel frames, 86.13 Hz
+# T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   F mel frames, 86.13 Hz
 
 UNITS_PER_SECOND = 50
+WHISPER_FRAMES_PER_SECOND = 50
 MEL_FRAMES_PER_SECOND = 22_050 / 256
 TRAIN_COLOUR, TEST_COLOUR, QUIET_COLOUR = "tab:blue", "tab:orange", "0.55"
 DOTS_PER_INCH = 130
+TITLE_COLUMNS, TITLE_LINES = 110, 3  # characters
+INCHES_PER_TOKEN = 0.16
 
 
 def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: int, title: str) -> None:
@@ -48,7 +53,7 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: i
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    figure.suptitle(title)
+    _set_title(figure, title)
     _save(figure, path)
 
 
@@ -75,31 +80,91 @@ def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int
 
 
 def plot_mels(path: Path, mels: Mapping[str, Tensor], title: str) -> None:
-    """Draw mel spectrograms below each other on one time axis.
+    """Draw mel spectrograms below each other, on one time axis and one scale of colours.
 
     Args:
         path: the picture to write.
         mels: name -> [80, F], natural logarithm of the magnitude.
         title: shown above.
     """
-    figure, panels = _new_figure(len(mels), 1, (11, 0.9 + 2.1 * len(mels)), sharex=True)
-    for axes, (name, mel) in zip(np.atleast_1d(panels), mels.items(), strict=True):
-        seconds = mel.shape[-1] / MEL_FRAMES_PER_SECOND
-        axes.imshow(mel.cpu().numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, mel.shape[0]))
-        axes.set(title=f"{name}, {seconds:.2f} s", ylabel="mel band")
-    panel_list = np.atleast_1d(panels)
-    panel_list[0].set_xlim(0, max(mel.shape[-1] for mel in mels.values()) / MEL_FRAMES_PER_SECOND)
-    panel_list[-1].set_xlabel("seconds")
-    figure.suptitle(title)
+    figure, panels = _new_figure(len(mels), 1, (11, 1.1 + 2.1 * len(mels)), sharex=True)
+    panels = np.atleast_1d(panels)
+    colours = min(float(mel.min()) for mel in mels.values()), max(float(mel.max()) for mel in mels.values())
+    for axes, (name, mel) in zip(panels, mels.items(), strict=True):
+        image = _draw_mel(axes, mel, colours)
+        axes.set_title(f"{name}, {_mel_seconds(mel):.2f} s", loc="left")
+    panels[0].set_xlim(0, max(map(_mel_seconds, mels.values())))
+    panels[-1].set_xlabel("seconds")
+    figure.colorbar(image, ax=list(panels), label="ln magnitude", pad=0.01, aspect=40)
+    _set_title(figure, title)
     _save(figure, path)
 
 
-def _new_figure(rows: int, columns: int, size: tuple[float, float], sharex: bool = False) -> tuple["Figure", Any]:
+def plot_alignment(path: Path, weights: Tensor, labels: Sequence[str], mel: Tensor | None, title: str) -> None:
+    """Draw where each text token looks in the recording, with the recording below on the same time axis.
+
+    Args:
+        path: the picture to write.
+        weights: attention of each token over the frames, [T, A], each row's sum is 1.
+        labels: T words or parts of words.
+        mel: of the recording, [80, F]; None where it is not to be had.
+        title: shown above.
+    """
+    token_count, frame_count = weights.shape
+    seconds = frame_count / WHISPER_FRAMES_PER_SECOND
+    heights = [max(2.0, INCHES_PER_TOKEN * token_count)] + ([1.7] if mel is not None else [])
+    size = 11, 1.3 + sum(heights)
+    figure, panels = _new_figure(len(heights), 1, size, sharex=True, height_ratios=heights)
+    panels = np.atleast_1d(panels)
+    image = panels[0].imshow(  # the first token on top: speech then runs from the upper left to the lower right
+        weights.cpu().numpy(), aspect="auto", extent=(0, seconds, token_count - 0.5, -0.5), interpolation="nearest"
+    )
+    shown = [label.strip() or "(space)" for label in labels]
+    panels[0].set_yticks(range(token_count), shown, fontsize=8, parse_math=False)
+    panels[0].set_ylabel("text token")
+    figure.colorbar(image, ax=panels[0], label="attention", pad=0.01)
+    if mel is not None:
+        _draw_mel(panels[1], mel, (float(mel.min()), float(mel.max())))
+    panels[0].set_xlim(0, seconds)
+    panels[-1].set_xlabel("seconds")
+    _set_title(figure, title)
+    _save(figure, path)
+
+
+def _draw_mel(axes: "Axes", mel: Tensor, colours: tuple[float, float]) -> "AxesImage":
+    axes.set_ylabel("mel band")
+    return axes.imshow(
+        mel.cpu().numpy(),
+        origin="lower",
+        aspect="auto",
+        extent=(0, _mel_seconds(mel), 0, mel.shape[0]),
+        vmin=colours[0],
+        vmax=colours[1],
+    )
+
+
+def _mel_seconds(mel: Tensor) -> float:
+    return mel.shape[-1] / MEL_FRAMES_PER_SECOND
+
+
+def _set_title(figure: "Figure", title: str) -> None:
+    """A transcript is a title too: long, and with dollar signs that are not mathematics."""
+    lines = textwrap.wrap(title, TITLE_COLUMNS, max_lines=TITLE_LINES, placeholder=" ...")
+    figure.suptitle("\n".join(lines), parse_math=False)
+
+
+def _new_figure(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    sharex: bool = False,
+    height_ratios: Sequence[float] | None = None,
+) -> tuple["Figure", Any]:
     """A figure and its axes, made without pyplot: no window, and nothing kept alive after saving."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex)
+    return figure, figure.subplots(rows, columns, sharex=sharex, height_ratios=height_ratios)
 
 
 def _line(

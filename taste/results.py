@@ -1,20 +1,21 @@
 """What a trained model says: its units beside the true ones, as numbers, pictures and sound."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from taste.audio import AudioError, read_audio, write_wav
+from taste.batch import collate
 from taste.checkpoint import write_json
 from taste.data import UtteranceDataset, spread_evenly
 from taste.epoch_plan import batches_by_length
 from taste.generation import Generated, Sampling, generate
 from taste.metrics import compare_units
 from taste.model import CosyVoiceS3Model
-from taste.plots import plot_mels, plot_units
+from taste.plots import plot_alignment, plot_mels, plot_units
 from taste.scoring import feature_loader
 from taste.synthesis import LEAST_UNITS, UnitDecoder
 from taste.training import RunStopped
@@ -99,7 +100,10 @@ def decode_units(
     seed: int,
     stop_requested: Callable[[], bool],
 ) -> list[str]:
-    """Turn true and generated units into sound, and draw their mel spectrograms below the recording's.
+    """Turn true and generated units into sound, and draw how it looks below the recording.
+
+    Each utterance gets `wavs/<utt>_{original,true_units,predicted}.wav`, all at the model's rate, and
+    `figures/<utt>_mel.png`, where every panel is the mel spectrogram of one of these sounds.
 
     Args:
         decoder: flow and HiFT.
@@ -118,43 +122,88 @@ def decode_units(
     written, too_short = [], []
     for index, utt_id in enumerate(dataset.utt_ids):
         _leave_if_asked(stop_requested)
-        mels = {}
-        original = original_mel(decoder, dataset.info(utt_id).get("audio_path"))
+        sounds: dict[str, tuple[str, torch.Tensor]] = {}  # ending of the file's name -> title, waveform
+        original = read_original(decoder, dataset.info(utt_id).get("audio_path"))
         if original is not None:
-            mels["original recording"] = original
-        for name, units in (("true", dataset.features.units[utt_id]), ("pred", made.units[index])):
+            sounds["original"] = "original recording", original
+        true, predicted = dataset.features.units[utt_id], made.units[index]
+        for name, title, units in (
+            ("true_units", "true units → flow → HiFT", true),
+            ("predicted", "predicted units → flow → HiFT", predicted),
+        ):
             if len(units) < LEAST_UNITS:
                 too_short.append(f"{utt_id}_{name}")
                 continue
             speech = decoder.decode(units, dataset.speaker(utt_id), seed)
+            sounds[name] = f"{title} ({len(units)} units)", speech.waveform
+        for name, (_, waveform) in sounds.items():
             path = run_folder / "wavs" / f"{utt_id}_{name}.wav"
-            write_wav(path, speech.waveform, decoder.sample_rate_hz)
+            write_wav(path, waveform, decoder.sample_rate_hz)
             written.append(str(path))
-            mels[{"true": "from the true units", "pred": "from the generated units"}[name]] = speech.mel
-        if mels:
-            title = f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
-            plot_mels(run_folder / "figures" / f"{utt_id}_mels.png", mels, title)
+        if sounds:
+            mels = {title: decoder.mel(waveform) for title, waveform in sounds.values()}
+            plot_mels(run_folder / "figures" / f"{utt_id}_mel.png", mels, _title(dataset, utt_id))
     if too_short:
         print(f"too short for a sound, no wav written: {', '.join(too_short)}")
     return written
 
 
-def original_mel(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor | None:
-    """The mel spectrogram of the recording itself.
+def attention_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: torch.device) -> list[torch.Tensor]:
+    """Where the aggregator looks for each text token.
 
     Args:
+        model: on the device; it has an aggregator.
+        dataset: the utterances.
+        device: where to compute.
+
+    Returns:
+        for each utterance weights [T, A], on the CPU.
+    """
+    return [
+        model.attention(collate([example]).to(device))[0].cpu()
+        for example in map(dataset.__getitem__, range(len(dataset)))
+    ]
+
+
+def draw_alignments(
+    weights: Sequence[torch.Tensor], decoder: UnitDecoder, dataset: UtteranceDataset, tokenizer: Any, run_folder: Path
+) -> None:
+    """Draw where the aggregator looks for each text token, `figures/<utt>_alignment.png`.
+
+    Args:
+        weights: of each utterance, [T, A].
         decoder: knows the model's mel.
+        dataset: the utterances.
+        tokenizer: of the model folder; it names the tokens.
+        run_folder: `figures/` is written here.
+    """
+    for utt_id, rows in zip(dataset.utt_ids, weights, strict=True):
+        info = dataset.info(utt_id)
+        if "text_token" in info:
+            labels = [tokenizer.decode([int(token)]) for token in info["text_token"]]
+        else:  # features of another script
+            labels = [str(number) for number in range(len(rows))]
+        original = read_original(decoder, info.get("audio_path"))
+        mel = None if original is None else decoder.mel(original)
+        plot_alignment(run_folder / "figures" / f"{utt_id}_alignment.png", rows, labels, mel, _title(dataset, utt_id))
+
+
+def read_original(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor | None:
+    """The recording itself, for comparison.
+
+    Args:
+        decoder: knows the model's rate.
         audio_path: as stage 1 noted it; None where nobody did.
 
     Returns:
-        [80, F]; None where the recording is not to be had any more.
+        waveform [N] at the model's rate; None where the recording is not to be had any more.
     """
     if audio_path is None:
         return None
     try:
-        return decoder.mel(read_audio(audio_path, decoder.sample_rate_hz).waveform)
+        return read_audio(audio_path, decoder.sample_rate_hz).waveform
     except AudioError as error:
-        print(f"no picture of the original: {error}")
+        print(f"no original to compare with: {error}")
         return None
 
 
@@ -192,11 +241,19 @@ def summary(results: dict[str, Any], run_folder: Path) -> str:
     rows += [(names[name], f"{value:.3f}") for name, value in results["test"].items()]
     for name, value in results.get("generation", {}).items():
         rows.append((f"generated: {name.replace('_', ' ')}", str(value) if isinstance(value, int) else f"{value:.3f}"))
+    rows += [
+        (f"attention: {name.replace('_', ' ')}", f"{value:.3f}") for name, value in results.get("attention", {}).items()
+    ]
     if "wavs" in results:
         rows.append(("wav files", f"{len(results['wavs'])} in {run_folder / 'wavs'}"))
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
     return f"\n{table}\n\nresults: {run_folder / 'metrics.json'}"
+
+
+def _title(dataset: UtteranceDataset, utt_id: str) -> str:
+    """What a picture of an utterance is headed with."""
+    return f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
 
 
 def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:

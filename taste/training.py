@@ -138,10 +138,12 @@ class Trainer:
             "frozen_weights": "the frozen weights (of the model folder)",
             "processes": "the number of processes",
         }
+        # of what this checkpoint leaves to the folder: weights that it carries from another run are in it
+        now = self.notes | {"frozen_weights": frozen_fingerprint(self.model, checkpoint.weights)}
         changed = [
-            f"{what} ({checkpoint.notes[name]} then, {self.notes[name]} now)"
+            f"{what} ({checkpoint.notes[name]} then, {now[name]} now)"
             for name, what in same.items()
-            if checkpoint.notes[name] != self.notes[name]
+            if checkpoint.notes[name] != now[name]
         ]
         if changed:
             raise ValueError(
@@ -149,6 +151,7 @@ class Trainer:
                 "Put it back, or start anew with --resume never"
             )
         self.model.load_learned_state(checkpoint.weights)
+        self.notes = now
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress.from_dict(checkpoint.notes["progress"])
 

@@ -98,11 +98,13 @@ def test_a_run_writes_all_that_it_promises(work, variant, capsys):
     assert metrics["generation"]["utterances"] == 2
     units = json.loads((run / "generated_units.json").read_text())
     assert units["utt-00"]["true"] == random_examples(LENGTHS[:1], seed=1)[0].units.tolist()
-    for name in ("true", "pred"):
+    for name in ("true_units", "predicted"):
         info = soundfile.info(run / "wavs" / f"utt-02_{name}.wav")
         assert info.samplerate == 22_050
-    assert soundfile.info(run / "wavs" / "utt-02_true.wav").frames == int(11 / 50 * 22_050 / 256) * 256
-    assert (run / "figures" / "utt-02_mels.png").is_file()
+    assert soundfile.info(run / "wavs" / "utt-02_true_units.wav").frames == int(11 / 50 * 22_050 / 256) * 256
+    assert (run / "figures" / "utt-02_mel.png").is_file()
+    assert (run / "figures" / "utt-02_alignment.png").is_file() == (variant == "simple")
+    assert ("attention" in metrics) == (variant == "simple")
     told = capsys.readouterr().out
     assert "epoch   2" in told and "test top-1" in told and "generated: token error rate" in told
 
@@ -228,7 +230,7 @@ def test_features_of_another_model_folder_are_an_error(work, capsys):
 def test_a_prediction_too_short_for_a_sound_is_reported(work, capsys, monkeypatch):
     monkeypatch.setattr("taste.results.LEAST_UNITS", 10_000)
     assert work.run(num_epochs=1, **SPEAKING) == 0
-    assert "too short for a sound, no wav written: utt-02_true, utt-02_pred" in capsys.readouterr().out
+    assert "too short for a sound, no wav written: utt-02_true_units, utt-02_predicted" in capsys.readouterr().out
     assert work.metrics()["wavs"] == []
 
 
