@@ -42,6 +42,12 @@ CLASSES = {
     "cosyvoice.flow.decoder.ConditionalDecoder": "cosyvoice.flow.decoder.ConditionalDecoder",
     "cosyvoice.hifigan.generator.HiFTGenerator": "cosyvoice.hifigan.generator.HiFTGenerator",
     "cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor": "cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor",
+    "cosyvoice.hifigan.hifigan.HiFiGan": "cosyvoice.hifigan.hifigan.HiFiGan",
+    "cosyvoice.hifigan.discriminator.MultipleDiscriminator": "cosyvoice.hifigan.discriminator.MultipleDiscriminator",
+    "cosyvoice.hifigan.discriminator.MultiResSpecDiscriminator": (
+        "cosyvoice.hifigan.discriminator.MultiResSpecDiscriminator"
+    ),
+    "matcha.hifigan.models.MultiPeriodDiscriminator": "cosyvoice.hifigan.discriminator.MultiPeriodDiscriminator",
     "omegaconf.DictConfig": "omegaconf.DictConfig",
 }
 FUNCTIONS = {
@@ -49,6 +55,22 @@ FUNCTIONS = {
     "cosyvoice.utils.common.random_sampling": "cosyvoice.utils.common.random_sampling",
     "matcha.utils.audio.mel_spectrogram": "cosyvoice.utils.audio.mel_spectrogram",
     "whisper.tokenizer.get_tokenizer": "whisper.tokenizer.get_tokenizer",
+} | {
+    f"cosyvoice.dataset.processor.{step}": f"cosyvoice.dataset.processor.{step}"
+    for step in (
+        "parquet_opener",
+        "tokenize",
+        "filter",
+        "resample",
+        "truncate",
+        "compute_fbank",
+        "compute_f0",
+        "parse_embedding",
+        "shuffle",
+        "sort",
+        "batch",
+        "padding",
+    )
 }
 BUILDABLE = {"!new:": CLASSES, "!name:": FUNCTIONS}
 
@@ -56,7 +78,7 @@ BUILDABLE = {"!new:": CLASSES, "!name:": FUNCTIONS}
 SEEDING_CALLS = frozenset(
     {"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all"}
 )
-# Training parts of a released file (data pipeline, discriminators) may be named under keys that are not built.
+# Other parts of a released file may be named under keys that are not built.
 UNBUILT_NAMESPACES = ("cosyvoice.", "matcha.")
 
 MAX_FILE_BYTES = 1 << 16  # a released file has 8 kB
