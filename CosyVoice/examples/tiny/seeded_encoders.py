@@ -84,7 +84,7 @@ def seed_s3_tokenizer(config: ModelConfig, mels: Sequence[Tensor], seed: int) ->
     return model
 
 
-def fit_codebook(directions: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+def fit_codebook(directions: Tensor, num_codes: int, generator: torch.Generator, fitted: int = FITTED_CODES) -> Tensor:
     """Place some codes by k-means, the others at random with the states' mean and covariance.
 
     The random ones are far from everything in a space of many dimensions: the demo corpus does not use them.
@@ -93,11 +93,12 @@ def fit_codebook(directions: Tensor, num_codes: int, generator: torch.Generator)
         directions: states of unit length, [S, D].
         num_codes: K.
         generator: source of the random numbers.
+        fitted: codes that k-means places.
 
     Returns:
         the codebook [K, D].
     """
-    num_fitted = min(FITTED_CODES, num_codes, len(directions))
+    num_fitted = min(fitted, num_codes, len(directions))
     codes = directions[torch.randperm(len(directions), generator=generator)[:num_fitted]]
     for _ in range(KMEANS_ROUNDS):
         nearest = (2 * directions @ codes.T - codes.square().sum(dim=1)).argmax(dim=1)
