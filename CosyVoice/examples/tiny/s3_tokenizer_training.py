@@ -1,6 +1,6 @@
 """The network that teaches an S3 tokenizer: its encoder, a vector quantizer, and what reads text back from the codes.
 
-As published for CosyVoice's tokenizer, the quantizer sits inside a speech recogniser: what survives it is what is needed
+As published for CosyVoice, the quantizer sits inside a speech recogniser: what survives it is what is needed
 to recognise the text. Here the recogniser ends in CTC over characters, and a second head reads the phone of each unit,
 whose times flite gives.
 """

@@ -3,7 +3,7 @@
     python CosyVoice/examples/tiny/train_s3_tokenizer.py --work-dir CosyVoice/examples/tiny/work
 
 In: `<work-dir>/corpus/{train,dev,test}`. Out, in `<work-dir>/s3_tokenizer/`: speech_tokenizer_v1.onnx, metrics.json
-(character error after quantization, codes in use), loss_curve.png and last.pt, from which a run that was stopped goes on.
+(character error after quantization, codes in use), loss_curve.png and last.pt, where a stopped run goes on.
 The first epochs train the encoder without the quantizer; then k-means places the codes and the rest learns with them.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
