@@ -68,6 +68,19 @@ def test_a_token_finds_the_frame_whose_key_matches_it():
     torch.testing.assert_close(found, values[:, order])
 
 
+def test_the_weights_shown_are_the_weights_used(aggregator, inputs):
+    weights = aggregator.attention(inputs["text"], inputs["final"], inputs["speech_lengths"])
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 4))
+    padding = torch.arange(9)[None, :] >= inputs["speech_lengths"][:, None]
+    assert not weights.masked_select(padding[:, None, :]).any()
+    torch.testing.assert_close(aggregator.output(weights @ aggregator.value(inputs["mid"])), aggregator(**inputs))
+
+
+def test_weights_over_features_of_another_whisper_are_refused(aggregator, inputs):
+    with pytest.raises(ValueError, match="final Whisper features are 11 wide"):
+        aggregator.attention(inputs["text"], torch.zeros(3, 9, 11), inputs["speech_lengths"])
+
+
 @pytest.mark.parametrize("layer", ["mid", "final"])
 def test_features_of_another_whisper_are_refused(aggregator, inputs, layer):
     with pytest.raises(ValueError, match=f"{layer} Whisper features are 11 wide.* 10"):

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from taste.metrics import compare_units
+from taste.metrics import compare_units, describe_attention
 
 
 def test_perfect_units_have_no_errors():
@@ -42,3 +43,18 @@ def test_an_empty_prediction_misses_everything():
 def test_nothing_to_compare_is_refused(true, predicted, ended):
     with pytest.raises(ValueError):
         compare_units(true, predicted, ended)
+
+
+def test_tokens_that_look_at_one_frame_each_in_order_rise_and_have_no_width():
+    in_order = torch.zeros(3, 30)
+    in_order[[0, 1, 2], [2, 9, 28]] = 1
+    described = describe_attention([in_order, in_order.flip(0)])
+    assert described["rising"] == 0.5
+    assert describe_attention([in_order])["rising"] == 1
+    assert described["width_seconds"] == pytest.approx(0, abs=1e-6)
+
+
+def test_attention_to_all_frames_alike_is_as_wide_as_chance():
+    described = describe_attention([torch.full((4, 50), 1 / 50), torch.full((2, 20), 1 / 20)])
+    assert described["width_seconds"] == pytest.approx(described["chance_width_seconds"], rel=1e-4)
+    assert described["chance_width_seconds"] == pytest.approx((4 * 50 + 2 * 20) / 6 / 50 / 12**0.5, rel=1e-2)

@@ -219,3 +219,19 @@ def test_a_variant_that_does_not_go_with_its_parts_is_refused(variant, with_aggr
 def test_a_batch_without_what_the_variant_reads_is_refused(field, batch):
     with pytest.raises(ValueError, match="speaker" if field == "speaker" else "Whisper"):
         small_model("simple")(replaced(batch, **{field: None}))
+
+
+def test_a_row_looks_at_its_recording_as_it_does_alone(batch):
+    model = small_model("simple")
+    together = model.attention(batch)
+    assert together.shape == (len(batch.utt_ids), batch.text.shape[1], batch.speech_final.shape[1])
+    for row, (tokens, frames) in enumerate(zip(batch.text_lengths, batch.speech_lengths, strict=True)):
+        alone = model.aggregator.attention(
+            batch.text[[row], :tokens], batch.speech_final[[row], :frames], batch.speech_lengths[[row]]
+        )
+        torch.testing.assert_close(together[[row], :tokens, :frames], alone)
+
+
+def test_a_model_without_an_aggregator_looks_at_nothing(batch):
+    with pytest.raises(ValueError, match="'text_only' looks at no recording"):
+        small_model("text_only").attention(batch)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,25 @@ def test_starting_anew_takes_the_old_checkpoints_away_first(work, monkeypatch):
     assert not list((work.folder / "exp" / "simple" / "checkpoints").glob("*"))
 
 
+@pytest.mark.parametrize("freeze_llm", [False, True])
+def test_a_run_starts_from_another_goes_on_without_it_and_says_so(work, capsys, freeze_llm):
+    assert work.run(variant="text_only") == 0
+    options = {"init_from": "text_only", "freeze_llm": freeze_llm}
+    assert work.run(run_name="whole", **options, num_epochs=0) == 0
+    assert "starting from" in capsys.readouterr().out
+    start = work.metrics("whole")["test"]
+    assert work.run(run_name="whole", **options, num_epochs=3) == 0
+    metrics = work.metrics("whole")
+    assert metrics["history"][0]["test"] == pytest.approx(start)
+    assert metrics["started_from"]["checkpoint"].endswith("text_only/checkpoints/best.pt")
+    shutil.rmtree(work.folder / "exp" / "text_only")
+    assert work.run(run_name="whole", **options, num_epochs=4) == 0
+    assert work.metrics("whole")["started_from"] == metrics["started_from"]
+    assert work.run(run_name="whole", **options, num_epochs=0) == 0
+    assert work.run(run_name="whole", freeze_llm=freeze_llm, num_epochs=4) == 1
+    assert "INIT_FROM was 'text_only', is None" in capsys.readouterr().err
+
+
 def test_a_checkpoint_can_be_evaluated_without_training(work):
     spoken = {**SPEAKING, "decode_wavs": 0}
     assert work.run(**spoken) == 0
@@ -195,6 +215,7 @@ def test_without_utterance_info_the_speaker_is_left_out(work, capsys):
         ({"variant": "taste_99"}, "VARIANT is 'taste_99'"),
         ({"variant": "text_only", "freeze_llm": True}, "nothing to learn"),
         ({"sampling": "beam"}, "SAMPLING is 'beam'"),
+        ({"init_from": "nowhere"}, "INIT_FROM is 'nowhere'"),
         ({"resume": "nowhere.pt"}, "RESUME is 'nowhere.pt'"),
         ({"device": "cuda:77"}, "cuda:77"),
         ({"lr": "-1"}, "LR is -1"),
