@@ -33,7 +33,8 @@ demo: setup  ## run all four stages on the embedded model and corpus (about 2 mi
 	PYTHON=$(RUN) bash s3.sh
 	$(RUN) model_code.py --variant text_only --run-name demo_text_only --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
 	$(RUN) model_code.py --variant simple --run-name demo --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
-	@echo "Look at loss_curve.png, exp/demo/figures/ and listen to exp/demo/wavs/"
+	@echo "Look at loss_curve.png and, in exp/demo/figures/, at *_mel.png (recording, true units, predicted units),"
+	@echo "*_alignment.png (where each text token listens) and units.png. Listen to exp/demo/wavs/."
 
 test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
 	$(RUN) -m pytest
