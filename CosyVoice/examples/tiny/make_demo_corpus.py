@@ -7,9 +7,8 @@ occurs in train). The corpus is committed; this script is only needed to make it
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_demo_corpus.py --output-dir json
 
-Every utterance has its own speaking rate and pitch, drawn from `--seed`. Rate is flite's `duration_stretch`. Pitch is
-moved by resampling, and flite is asked for speech that is slower or faster by the same factor: the `rms` voice ignores
-flite's `int_f0_target_mean`. The samples depend on the seed and flite's version only.
+Every utterance has its own speaking rate and pitch, drawn from `--seed` (see `flite_speech.py`). The
+samples depend on the seed and flite's version only.
 """
 
 from __future__ import annotations
@@ -18,26 +17,18 @@ import argparse
 import json
 import os
 import random
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import soundfile
-import torch
-import torchaudio.functional
 
-VOICES = ("kal16", "awb", "rms", "slt")  # flite's 16 kHz voices
-SAMPLE_RATE_HZ = 16_000
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, synthesise
+
 RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
 PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
-PITCH_STEP_HZ = 160  # pitch factors are multiples of 160 / 16000 = 0.01, so that resampling is a small ratio
 PEAK_RANGE = (0.35, 0.75)  # absolute peak of the waveform
-EDGE_SILENCE_SECONDS = 0.08  # what is left of flite's silence before and after the speech
-SILENCE_THRESHOLD = 0.01  # relative to the peak
 MAX_CORPUS_BYTES = 4_000_000
 
 TRAIN_SENTENCES = (
@@ -121,18 +112,6 @@ TEST_SENTENCES = (
 )
 
 
-class Reading(NamedTuple):
-    """One sentence and how it is read."""
-
-    split: str  # "train" or "test"
-    utt_id: str
-    voice: str
-    text: str
-    rate: float  # speaking rate, 1 = the voice's own
-    pitch: float  # factor on the voice's own pitch
-    peak: float  # absolute peak of the finished waveform
-
-
 def plan_readings(seed: int) -> list[Reading]:
     """Give every sentence a voice, a rate, a pitch and a level.
 
@@ -147,7 +126,7 @@ def plan_readings(seed: int) -> list[Reading]:
     for split, sentences in (("train", TRAIN_SENTENCES), ("test", TEST_SENTENCES)):
         for number, text in enumerate(sentences):
             voice = VOICES[number % len(VOICES)]
-            pitch_steps = round(draw.uniform(*PITCH_RANGE) * SAMPLE_RATE_HZ / PITCH_STEP_HZ)
+            pitch = pitch_on_grid(draw.uniform(*PITCH_RANGE))
             readings.append(
                 Reading(
                     split=split,
@@ -155,54 +134,11 @@ def plan_readings(seed: int) -> list[Reading]:
                     voice=voice,
                     text=text,
                     rate=round(draw.uniform(*RATE_RANGE), 2),
-                    pitch=pitch_steps * PITCH_STEP_HZ / SAMPLE_RATE_HZ,
+                    pitch=pitch,
                     peak=round(draw.uniform(*PEAK_RANGE), 2),
                 )
             )
     return readings
-
-
-def find_flite() -> str:
-    """Return flite's path, checking that it has the four voices.
-
-    Raises:
-        FileNotFoundError: flite is not installed, or lacks a voice.
-    """
-    flite = shutil.which("flite")
-    install = "install it with: apt-get update && apt-get install -y flite"
-    if flite is None:
-        raise FileNotFoundError(f"flite is not on PATH; {install}")
-    listing = subprocess.run([flite, "-lv"], capture_output=True, text=True, check=True).stdout
-    missing = [voice for voice in VOICES if voice not in listing.split()]
-    if missing:
-        raise FileNotFoundError(f"{flite} has no voice {', '.join(missing)} (it lists: {listing.strip()}); {install}")
-    return flite
-
-
-def synthesise(reading: Reading, flite: str) -> np.ndarray:
-    """Read one sentence.
-
-    Args:
-        reading: what to read, and how.
-        flite: path of the flite program.
-
-    Returns:
-        waveform [N], float32, 16 kHz, mono, with the reading's peak and 0.08 s of silence at either end at most.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        wav_path = Path(folder) / "speech.wav"
-        # Playing speech `pitch` times faster raises its pitch; asking for speech that much slower undoes the rate.
-        stretch = reading.pitch / reading.rate
-        command = [flite, "-voice", reading.voice, "--setf", f"duration_stretch={stretch:.6f}"]
-        subprocess.run([*command, "-t", reading.text, "-o", str(wav_path)], check=True, capture_output=True)
-        speech, sample_rate_hz = soundfile.read(wav_path, dtype="float32")
-    played_at_hz = round(sample_rate_hz * reading.pitch)
-    shifted = torchaudio.functional.resample(torch.from_numpy(speech), played_at_hz, SAMPLE_RATE_HZ).numpy()
-
-    loud = np.flatnonzero(np.abs(shifted) > SILENCE_THRESHOLD * np.abs(shifted).max())
-    edge = round(EDGE_SILENCE_SECONDS * SAMPLE_RATE_HZ)
-    trimmed = shifted[max(0, loud[0] - edge) : loud[-1] + edge]
-    return trimmed * (reading.peak / np.abs(trimmed).max())
 
 
 def write_corpus(output_dir: Path, seed: int) -> int:
@@ -226,7 +162,9 @@ def write_corpus(output_dir: Path, seed: int) -> int:
         relative_path = Path("demo_audio") / reading.voice / f"{reading.utt_id}.flac"
         path = output_dir / relative_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, synthesise(reading, flite), SAMPLE_RATE_HZ, subtype="PCM_16", compression_level=1.0)
+        soundfile.write(
+            path, synthesise(reading, flite).waveform, SAMPLE_RATE_HZ, subtype="PCM_16", compression_level=1.0
+        )
         size_bytes += path.stat().st_size
         entry = {
             "utt_id": reading.utt_id,

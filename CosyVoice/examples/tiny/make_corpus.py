@@ -1,0 +1,326 @@
+"""Make the tiny recipe's corpus: three hours of grammar sentences, read by flite as 44 speakers.
+
+In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
+`<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
+`wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones`, then `corpus.json` with the counts and, last, `.done`.
+
+    apt-get update && apt-get install -y flite
+    python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
+    python CosyVoice/examples/tiny/make_corpus.py --work-dir /tmp/work --hours 0.02 --dev 8 --test 8  (5 seconds)
+
+A speaker is one of flite's four voices at a pitch and a rate of its own. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import soundfile
+import torch
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+
+from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, synthesise  # noqa: E402
+from grammar import SentenceMaker, sentence_key, words_of  # noqa: E402
+
+from taste.atomic import atomic_path  # noqa: E402
+from taste.interrupt import StopRequest  # noqa: E402
+from taste.manifest import read_manifest  # noqa: E402
+
+SPEAKERS_PER_VOICE = 11
+PITCH_RANGE = (0.88, 1.14)  # of the speakers: factor on the voice's own pitch
+RATE_RANGE = (0.78, 1.05)  # of the speakers: 1 = the voice's own rate
+RATE_JITTER = 0.03  # of an utterance, relative to its speaker's rate
+PEAK_RANGE = (0.35, 0.75)  # absolute peak of an utterance's waveform
+SECONDS_PER_CHARACTER = {"kal16": 0.0491, "awb": 0.0558, "rms": 0.0628, "slt": 0.0535}  # measured at rate 1
+EDGE_SECONDS = 0.16  # silence before and after the speech together
+PARALLEL = 2  # flite processes at a time
+BATCH = 32  # utterances between two looks at Ctrl-C
+SPLITS = ("train", "dev", "test")
+
+
+class Speaker(NamedTuple):
+    """One of the corpus's speakers."""
+
+    speaker_id: str  # as in slt-07
+    voice: str
+    pitch: float  # factor on the voice's own
+    rate: float  # 1 = the voice's own
+
+
+class Planned(NamedTuple):
+    """An utterance to make."""
+
+    speaker_id: str
+    reading: Reading
+
+
+class Made(NamedTuple):
+    """What was noted of a finished utterance."""
+
+    seconds: float
+    phones: tuple[str, ...]
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: a person's wish)
+    """Ctrl-C came and the batch in work has been saved; the argument is the exit code."""
+
+
+def plan_speakers(seed: int) -> list[Speaker]:
+    """Spread pitches evenly over each voice's speakers, and rates evenly but in random order.
+
+    Args:
+        seed: of the private random generator.
+
+    Returns:
+        44 speakers, voice by voice.
+    """
+    draw = random.Random(f"{seed}-speakers")
+    speakers = []
+    for voice in VOICES:
+        steps = [number / (SPEAKERS_PER_VOICE - 1) for number in range(SPEAKERS_PER_VOICE)]
+        rate_steps = draw.sample(steps, len(steps))
+        for number, (pitch_step, rate_step) in enumerate(zip(steps, rate_steps, strict=True)):
+            pitch = PITCH_RANGE[0] + pitch_step * (PITCH_RANGE[1] - PITCH_RANGE[0])
+            rate = RATE_RANGE[0] + rate_step * (RATE_RANGE[1] - RATE_RANGE[0])
+            speakers.append(Speaker(f"{voice}-{number:02d}", voice, pitch_on_grid(pitch), round(rate, 3)))
+    return speakers
+
+
+def plan_corpus(hours: float, dev: int, test: int, seed: int, forbidden: Sequence[str]) -> list[Planned]:
+    """Decide what is said, by whom and how.
+
+    Args:
+        hours: speech in train, by an estimate that is a few per cent off.
+        dev: utterances in dev.
+        test: utterances in test.
+        seed: of everything drawn.
+        forbidden: sentences that may not occur.
+
+    Returns:
+        the utterances of train, dev and test; the speakers take turns, and no sentence comes twice.
+    """
+    speakers = plan_speakers(seed)
+    unseen = SentenceMaker(f"{seed}-unseen", forbidden)
+    plan = [
+        planned
+        for split, utterances in (("dev", dev), ("test", test))
+        for planned in _read_in_turns(split, unseen, speakers, seed, utterances, float("inf"))
+    ]
+    heldout = [planned.reading.text for planned in plan]
+    train = SentenceMaker(f"{seed}-train", [*forbidden, *heldout])
+    return [*_read_in_turns("train", train, speakers, seed, None, hours * 3600), *plan]
+
+
+def _read_in_turns(
+    split: str, sentences: SentenceMaker, speakers: Sequence[Speaker], seed: int, utterances: int | None, seconds: float
+) -> Iterator[Planned]:
+    """Give each speaker a sentence in turn until so many utterances or so many estimated seconds are reached."""
+    draw = random.Random(f"{seed}-{split}")
+    round_of_speakers: list[Speaker] = []
+    for number in count():
+        if number == utterances or seconds <= 0:
+            return
+        round_of_speakers = round_of_speakers or draw.sample(speakers, len(speakers))
+        speaker = round_of_speakers.pop()
+        text = sentences.sentence()
+        rate = round(speaker.rate * draw.uniform(1 - RATE_JITTER, 1 + RATE_JITTER), 3)
+        utt_id = f"{speaker.speaker_id}-{split}-{number:05d}"
+        peak = round(draw.uniform(*PEAK_RANGE), 2)
+        yield Planned(speaker.speaker_id, Reading(split, utt_id, speaker.voice, text, rate, speaker.pitch, peak))
+        seconds -= len(text) * SECONDS_PER_CHARACTER[speaker.voice] / rate + EDGE_SECONDS
+
+
+def audio_path(corpus: Path, planned: Planned) -> Path:
+    """Say where an utterance's recording is."""
+    return corpus / "audio" / planned.speaker_id / f"{planned.reading.utt_id}.flac"
+
+
+def make_recordings(corpus: Path, plan: Sequence[Planned], flite: str) -> dict[str, Made]:
+    """Read aloud what has not been read yet.
+
+    Args:
+        corpus: the folder; finished recordings in it, and the notes on them in `made.tsv`, are kept.
+        plan: the utterances.
+        flite: path of the flite program.
+
+    Returns:
+        the notes on every utterance, by its id.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came; what was made is kept.
+    """
+    notes = corpus / "made.tsv"
+    made = _read_notes(notes)
+    missing = [item for item in plan if item.reading.utt_id not in made or not audio_path(corpus, item).is_file()]
+    if len(missing) < len(plan):
+        print(f"{len(plan) - len(missing)} of {len(plan)} utterances are there already")
+    torch.set_num_threads(1)
+
+    def make(planned: Planned) -> Made:
+        speech = synthesise(planned.reading, flite)
+        with atomic_path(audio_path(corpus, planned)) as temporary:
+            soundfile.write(temporary, speech.waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
+        return Made(round(len(speech.waveform) / SAMPLE_RATE_HZ, 4), speech.phones)
+
+    with StopRequest() as stop, ThreadPoolExecutor(PARALLEL) as pool, tqdm(total=len(missing), unit="utt") as bar:
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            with notes.open("a", encoding="utf-8") as file:
+                for planned, result in zip(batch, pool.map(make, batch), strict=True):
+                    made[planned.reading.utt_id] = result
+                    file.write(f"{planned.reading.utt_id}\t{result.seconds}\t{' '.join(result.phones)}\n")
+            bar.update(len(batch))
+            if stop.requested:
+                raise Interrupted(stop.exit_code)
+    return made
+
+
+def _read_notes(path: Path) -> dict[str, Made]:
+    """Read the notes back; half a line, which a kill leaves at the end, is dropped from the file."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(whole, encoding="utf-8")
+    rows = (line.split("\t") for line in whole.splitlines())
+    return {utt_id: Made(float(seconds), tuple(phones.split())) for utt_id, seconds, phones in rows}
+
+
+def write_lists(corpus: Path, plan: Sequence[Planned], made: dict[str, Made]) -> None:
+    """Write each split's `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones`.
+
+    Args:
+        corpus: the folder.
+        plan: the utterances.
+        made: the notes on them.
+    """
+    for split in SPLITS:
+        items = sorted((item for item in plan if item.reading.split == split), key=lambda item: item.reading.utt_id)
+        by_speaker: dict[str, list[str]] = {}
+        for item in items:
+            by_speaker.setdefault(item.speaker_id, []).append(item.reading.utt_id)
+        lists = {
+            "wav.scp": [f"{item.reading.utt_id} {audio_path(corpus, item).absolute()}" for item in items],
+            "text": [f"{item.reading.utt_id} {item.reading.text}" for item in items],
+            "utt2spk": [f"{item.reading.utt_id} {item.speaker_id}" for item in items],
+            "spk2utt": [f"{speaker} {' '.join(utterances)}" for speaker, utterances in sorted(by_speaker.items())],
+            "phones": [f"{item.reading.utt_id} {' '.join(made[item.reading.utt_id].phones)}" for item in items],
+        }
+        for name, lines in lists.items():
+            with atomic_path(corpus / split / name) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def describe(plan: Sequence[Planned], made: dict[str, Made]) -> dict[str, Any]:
+    """Count what the corpus holds.
+
+    Args:
+        plan: the utterances.
+        made: the notes on them.
+
+    Returns:
+        speakers, and for each split hours, utterances, words, vocabulary, how often the rarest words come, and phones.
+    """
+    counts: dict[str, Any] = {"speakers": len({item.speaker_id for item in plan}), "voices": list(VOICES)}
+    for split in SPLITS:
+        items = [item.reading for item in plan if item.reading.split == split]
+        words = Counter(word for item in items for word in words_of(item.text))
+        pairs = {pair for item in items for pair in pairwise(words_of(item.text))}
+        phones = Counter(phone for item in items for phone in made[item.utt_id].phones)
+        counts[split] = {
+            "utterances": len(items),
+            "hours": round(sum(made[item.utt_id].seconds for item in items) / 3600, 3),
+            "words": words.total(),
+            "vocabulary": len(words),
+            "word_pairs": len(pairs),
+            "rarest_word_comes": min(words.values(), default=0),
+            "words_that_come_less_than_12_times": sum(number < 12 for number in words.values()),
+            "speakers": len({item.speaker_id for item in plan if item.reading.split == split}),
+            "phones": dict(phones.most_common()),
+        }
+    train_words = {word for item in plan if item.reading.split == "train" for word in words_of(item.reading.text)}
+    test_words = {word for item in plan if item.reading.split != "train" for word in words_of(item.reading.text)}
+    counts["words_of_dev_and_test_not_in_train"] = sorted(test_words - train_words)
+    return counts
+
+
+def claim_folder(corpus: Path, plan: Sequence[Planned]) -> None:
+    """Note which plan the folder is for, or check that it is this one.
+
+    Args:
+        corpus: the folder; made if missing.
+        plan: the utterances.
+
+    Raises:
+        ValueError: the folder holds the recordings of another plan.
+    """
+    fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    mark = corpus / "plan.sha256"
+    if mark.exists() and mark.read_text(encoding="utf-8").strip() != fingerprint:
+        raise ValueError(
+            f"{corpus} holds a corpus made with other settings (--hours, --dev, --test, --seed) or by another grammar; "
+            f"remove it (rm -r {corpus}) or give another --work-dir"
+        )
+    with atomic_path(mark) as temporary:
+        temporary.write_text(fingerprint + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and make the corpus; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_dir = Path(__file__).resolve().parent / "work"
+    parser.add_argument("--work-dir", "--work_dir", type=Path, default=default_dir, help="the corpus goes to corpus/")
+    parser.add_argument("--hours", type=float, default=3.0, help="speech in train")
+    parser.add_argument("--dev", type=int, default=100, help="utterances in dev")
+    parser.add_argument("--test", type=int, default=200, help="utterances in test")
+    parser.add_argument("--seed", type=int, default=7, help="of sentences, speakers and their order")
+    args = parser.parse_args(argv)
+    if args.hours <= 0 or args.dev < 1 or args.test < 1:
+        parser.error("--hours, --dev and --test must be positive")
+    corpus = args.work_dir / "corpus"
+    try:
+        flite = find_flite()
+        demo = [item.text for split in ("train", "test") for item in read_manifest(REPOSITORY / f"json/{split}.jsonl")]
+        plan = plan_corpus(args.hours, args.dev, args.test, args.seed, demo)
+        assert not {sentence_key(text) for text in demo} & {sentence_key(item.reading.text) for item in plan}
+        claim_folder(corpus, plan)
+        made = make_recordings(corpus, plan, flite)
+    except Interrupted as interrupted:
+        print(f"stopped; the same command goes on: {len(_read_notes(corpus / 'made.tsv'))} utterances are made")
+        return interrupted.args[0]
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"error: flite failed ({error}): {error.stderr}", file=sys.stderr)
+        return 1
+    write_lists(corpus, plan, made)
+    counts = describe(plan, made)
+    with atomic_path(corpus / "corpus.json") as temporary:
+        temporary.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    for split in SPLITS:
+        print(f"{split}: " + ", ".join(f"{counts[split][key]} {key}" for key in ("utterances", "hours", "vocabulary")))
+    with atomic_path(corpus / ".done") as temporary:
+        temporary.write_text("complete\n", encoding="utf-8")
+    print(f"{counts['speakers']} speakers; the counts are in {corpus / 'corpus.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
