@@ -23,7 +23,6 @@ SAMPLE_RATE_HZ = 16_000
 PITCH_STEP_HZ = 160  # pitch factors are multiples of 160 / 16000 = 0.01, so that resampling is a small ratio
 EDGE_SILENCE_SECONDS = 0.08  # what is left of flite's silence before and after the speech
 SILENCE_THRESHOLD = 0.01  # relative to the peak
-PAUSE = "pau"  # flite's name for silence among the phones
 
 
 class Reading(NamedTuple):
@@ -42,7 +41,7 @@ class Speech(NamedTuple):
     """A sentence read aloud."""
 
     waveform: np.ndarray  # [N], float32, 16 kHz, mono
-    phones: tuple[str, ...]  # flite's, as in ("dh", "ax"), without stress and pauses
+    phones: tuple[tuple[str, float], ...]  # flite's phones and pauses, and where each ends, in seconds of the waveform
 
 
 def pitch_on_grid(pitch: float) -> float:
@@ -82,13 +81,13 @@ def synthesise(reading: Reading, flite: str) -> Speech:
         flite: path of the flite program.
 
     Returns:
-        the waveform, with the reading's peak and 0.08 s of silence at either end at most, and its phones.
+        the waveform, with the reading's peak and 0.08 s of silence at either end at most, and its phones with their times.
     """
     with tempfile.TemporaryDirectory() as folder:
         wav_path = Path(folder) / "speech.wav"
         # Playing speech `pitch` times faster raises its pitch; asking for speech that much slower undoes the rate.
         stretch = reading.pitch / reading.rate
-        command = [flite, "-voice", reading.voice, "--setf", f"duration_stretch={stretch:.6f}", "-ps"]
+        command = [flite, "-voice", reading.voice, "--setf", f"duration_stretch={stretch:.6f}", "-psdur"]
         command += ["-t", reading.text, "-o", str(wav_path)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         speech, sample_rate_hz = soundfile.read(wav_path, dtype="float32")
@@ -97,6 +96,13 @@ def synthesise(reading: Reading, flite: str) -> Speech:
 
     loud = np.flatnonzero(np.abs(shifted) > SILENCE_THRESHOLD * np.abs(shifted).max())
     edge = round(EDGE_SILENCE_SECONDS * SAMPLE_RATE_HZ)
-    trimmed = shifted[max(0, loud[0] - edge) : loud[-1] + edge]
+    first, last = max(0, loud[0] - edge), loud[-1] + edge
+    trimmed = shifted[first:last]
     waveform = trimmed * (reading.peak / np.abs(trimmed).max())
-    return Speech(waveform, tuple(phone for phone in printed.split() if phone != PAUSE))
+
+    seconds = len(waveform) / SAMPLE_RATE_HZ
+    phones = []
+    for item in printed.split():  # as in dh:0.251, where the phone ends in flite's own recording
+        phone, _, end = item.partition(":")
+        phones.append((phone, min(max(0.0, float(end) / reading.pitch - first / SAMPLE_RATE_HZ), seconds)))
+    return Speech(waveform, tuple(phones))

@@ -2,7 +2,8 @@
 
 In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
 `<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
-`wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones`, then `corpus.json` with the counts and, last, `.done`.
+`wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds), then
+`corpus.json` with the counts and, last, `.done`.
 
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
@@ -72,7 +73,7 @@ class Made(NamedTuple):
     """What was noted of a finished utterance."""
 
     seconds: float
-    phones: tuple[str, ...]
+    phones: tuple[str, ...]  # each with its end, as in dh:0.251
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: a person's wish)
@@ -174,7 +175,8 @@ def make_recordings(corpus: Path, plan: Sequence[Planned], flite: str) -> dict[s
         speech = synthesise(planned.reading, flite)
         with atomic_path(audio_path(corpus, planned)) as temporary:
             soundfile.write(temporary, speech.waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
-        return Made(round(len(speech.waveform) / SAMPLE_RATE_HZ, 4), speech.phones)
+        phones = tuple(f"{phone}:{end:.3f}" for phone, end in speech.phones)
+        return Made(round(len(speech.waveform) / SAMPLE_RATE_HZ, 4), phones)
 
     with StopRequest() as stop, ThreadPoolExecutor(PARALLEL) as pool, tqdm(total=len(missing), unit="utt") as bar:
         for start in range(0, len(missing), BATCH):
@@ -242,7 +244,7 @@ def describe(plan: Sequence[Planned], made: dict[str, Made]) -> dict[str, Any]:
         items = [item.reading for item in plan if item.reading.split == split]
         words = Counter(word for item in items for word in words_of(item.text))
         pairs = {pair for item in items for pair in pairwise(words_of(item.text))}
-        phones = Counter(phone for item in items for phone in made[item.utt_id].phones)
+        phones = Counter(phone.split(":")[0] for item in items for phone in made[item.utt_id].phones)
         counts[split] = {
             "utterances": len(items),
             "hours": round(sum(made[item.utt_id].seconds for item in items) / 3600, 3),
