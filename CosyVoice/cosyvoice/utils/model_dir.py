@@ -189,7 +189,20 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the file cannot be read, or keys or shapes disagree (the message counts them, and lists the first).
     """
-    weights = _of_generator(read_weights(path))
+    load_state(module, _of_generator(read_weights(path)), path)
+
+
+def load_state(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Put a state dict into a module; every key and shape must agree.
+
+    Args:
+        module: takes the weights, converted to its own dtype and device.
+        weights: {name: tensor}.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: keys or shapes disagree (the message counts them, and lists the first).
+    """
     expected = module.state_dict()
     differences = [
         _some("missing", [name for name in expected if name not in weights]),
@@ -205,7 +218,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     ]
     if any(differences):
         raise ValueError(
-            f"{path} does not fit {type(module).__name__} as {CONFIG_FILE} describes it: "
+            f"{source} does not fit {type(module).__name__} as {CONFIG_FILE} describes it: "
             f"{'; '.join(filter(None, differences))}. The two files must come from one release"
         )
     module.load_state_dict(weights)

@@ -1,0 +1,1 @@
+"""Programs: train a part of the model, average its checkpoints, speak, export."""
