@@ -39,7 +39,7 @@ def align_distances(scores: Tensor, keys: int) -> Tensor:
         return scores[..., :keys]
     assert columns > keys, f"{columns} distances cannot serve {queries} queries over {keys} keys"
     line = scores.flatten(-2)[..., queries - 1 : -1]
-    return line.unflatten(-1, (queries, columns - 1))[..., :keys]
+    return line.view(*line.shape[:-1], queries, columns - 1)[..., :keys]
 
 
 class RelPositionMultiHeadedAttention(nn.Module):
@@ -111,15 +111,16 @@ class RelPositionMultiHeadedAttention(nn.Module):
         Returns:
             [H, P, W].
         """
-        return self.linear_pos(distances).unflatten(-1, (self.heads, self.head_width)).transpose(0, 1)
+        return self._by_head(self.linear_pos(distances)).transpose(0, 1)
 
     def _project(self, x: Tensor) -> tuple[Tensor, KeysValues]:
         """Queries [B, L, H, W], and the keys and values of the same frames."""
-        queries, keys, values = (
-            layer(x).unflatten(-1, (self.heads, self.head_width))
-            for layer in (self.linear_q, self.linear_k, self.linear_v)
-        )
+        queries, keys, values = (self._by_head(layer(x)) for layer in (self.linear_q, self.linear_k, self.linear_v))
         return queries, KeysValues(keys.transpose(1, 2), values.transpose(1, 2))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        # Not unflatten: the rank of its result is unknown to ONNX, which then keeps the lengths it was traced with.
+        return x.view(*x.shape[:-1], self.heads, self.head_width)
 
     def _attend(self, queries: Tensor, seen: KeysValues, positions: Tensor, visible: Tensor | None) -> Tensor:
         # Positions have no batch axis: einsum folds B into the rows of one product a head, where matmul copies them.
