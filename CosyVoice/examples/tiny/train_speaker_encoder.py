@@ -30,6 +30,7 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from corpus_reader import read_split  # noqa: E402
+from resumable import learning_rate, resume, save_checkpoint  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
 
@@ -201,39 +202,13 @@ def train(
             if stop_requested():
                 print(f"stopped in epoch {epoch + 1}; the same command goes on from its start", file=sys.stderr)
                 return False
-        state = {name: part.state_dict() for name, part in parts.items()}
-        with atomic_path(checkpoint_path) as temporary:
-            torch.save(state | {"epoch": epoch + 1, "settings": deciding}, temporary)
+        save_checkpoint(checkpoint_path, epoch + 1, parts, deciding)
         print(
             f"epoch {epoch + 1}/{settings.epochs}  loss {loss_sum / len(recordings):.3f}  "
             f"accuracy {right / len(recordings):.3f}  {time.monotonic() - started:.0f} s",
             flush=True,
         )
     return True
-
-
-def resume(checkpoint_path: Path, parts: dict[str, Any], deciding: dict[str, Any]) -> int:
-    """Put a checkpoint's state into the parts, where there is one, and return the epochs that are done."""
-    if not checkpoint_path.is_file():
-        return 0
-    checkpoint = torch.load(checkpoint_path, weights_only=True)
-    if checkpoint["settings"] != deciding:
-        changed = [name for name in deciding if checkpoint["settings"].get(name) != deciding[name]]
-        raise ValueError(
-            f"{checkpoint_path} is of a training with other settings ({', '.join(changed)}); put them back to go on, "
-            "or remove that file to start anew"
-        )
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    return checkpoint["epoch"]
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A rise over a tenth of the steps, then a cosine down to zero."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def disturbed_fbank(

@@ -1,0 +1,140 @@
+"""The network that teaches a small Whisper encoder what is spoken at each moment.
+
+Whisper learns this from a decoder that writes text. On three hours of speech whose phones have known times, frames can
+be told directly: the last states name the text token that is being spoken, in the terms of a language model's text
+embeddings, as Whisper's output layer is tied to its own; those of a middle block name the phone and how it is spoken.
+"""
+
+# B recordings   W mel frames, 100 Hz   A Whisper frames, 50 Hz   L frames of the longest recording   M sampled frames
+# D channels   E text embedding's channels   V classes: silence, then the corpus' tokens   R numbers about prosody
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
+
+CLEAR_FRAMES = 4  # behind the longest recording: the convolutions' edge, then pure silence
+IGNORED = -100  # label of frames that say nothing about the loss
+
+
+class States(NamedTuple):
+    """What the encoder makes of a batch, over the frames of its longest recording."""
+
+    mid: Tensor  # [B, L, D] output of block `mid_layer`, not normalised
+    final: Tensor  # [B, L, D] after the last LayerNorm
+
+
+class Losses(NamedTuple):
+    """Means over the labelled frames, and shares of them that are right."""
+
+    text: Tensor  # cross-entropy, nats
+    phone: Tensor  # cross-entropy, nats
+    prosody: Tensor  # mean squared error
+    text_accuracy: Tensor
+    phone_accuracy: Tensor
+
+
+def encode(
+    encoder: WhisperEncoder, mels: Tensor, mid_layer: int, sampled_frames: int, generator: torch.Generator | None
+) -> States:
+    """Run a Whisper encoder as if each recording were followed by silence up to the end of its window.
+
+    Whisper looks at 30 s, whatever a recording's length, and every frame attends to the silence as well. Its frames
+    differ in their position only, so a few of them, drawn at random and each counted as often as there are frames per
+    drawn one, stand for all: 20 times less work for a recording of four seconds. With all of them drawn the result is
+    that of the encoder itself.
+
+    Args:
+        encoder: transformers' own.
+        mels: log-mels, [B, 128, 2 (L + 4)], filled with each row's silence behind its end.
+        mid_layer: the block whose output is wanted too.
+        sampled_frames: M; as many as there are, or more, takes every one in order.
+        generator: draws them.
+
+    Returns:
+        the states of the first L frames.
+    """
+    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mels)))).transpose(1, 2)  # [B, L + 4, D]
+    length = x.shape[1] - CLEAR_FRAMES
+    positions = encoder.embed_positions.weight
+    silent_frames = len(positions) - length
+    count = min(sampled_frames, silent_frames)
+    if count < silent_frames:
+        drawn = length + torch.randperm(silent_frames, generator=generator)[:count]
+    else:
+        drawn = torch.arange(length, len(positions))
+    silence = x[:, length + 1 : length + 2].expand(-1, count, -1)
+    x = torch.cat([x[:, :length], silence], dim=1) + torch.cat([positions[:length], positions[drawn]])
+    weights = x.new_zeros(length + count)
+    if count:
+        weights[length:] = math.log(silent_frames / count)
+    mid = x
+    for number, layer in enumerate(encoder.layers, 1):
+        x = _block(layer, x, weights)
+        if number == mid_layer:
+            mid = x[:, :length]
+    return States(mid, encoder.layer_norm(x[:, :length]))
+
+
+def _block(layer: WhisperEncoderLayer, x: Tensor, weights: Tensor) -> Tensor:
+    """One pre-norm block, with `weights` [L + M] added to the scores of the frames that are attended to."""
+    attention = layer.self_attn
+    y = layer.self_attn_layer_norm(x)
+    heads = [
+        part(y).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    bias = weights.to(heads[0].dtype)[None, None, None].expand(len(x), 1, x.shape[1], -1)
+    y = F.scaled_dot_product_attention(*heads, attn_mask=bias)
+    x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+
+
+class FrameTeacher(nn.Module):
+    """Reads text tokens from the last states, and phones and prosody from the middle ones.
+
+    Args:
+        width: D.
+        embeddings: text embeddings of the tokens that are classes, [V - 1, E]; they do not learn.
+        phones: classes of the middle states.
+        prosody: R.
+    """
+
+    def __init__(self, width: int, embeddings: Tensor, phones: int, prosody: int) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", embeddings)
+        self.to_text = nn.Linear(width, embeddings.shape[1])
+        self.silence = nn.Parameter(torch.randn(1, embeddings.shape[1]) * embeddings.std())
+        self.phone_head = nn.Linear(width, phones)
+        self.prosody_head = nn.Linear(width, prosody)
+
+    def text_logits(self, final: Tensor) -> Tensor:
+        """Compare states [..., D] with silence and every token, [..., V]."""
+        classes = torch.cat([self.silence, self.embeddings])
+        return self.to_text(final).float() @ classes.T / math.sqrt(classes.shape[1])
+
+    def forward(self, states: States, tokens: Tensor, phones: Tensor, prosody: Tensor) -> Losses:
+        """Hold the states against what was spoken.
+
+        Args:
+            states: of the encoder.
+            tokens: classes [B, L], int64; `IGNORED` where there is none.
+            phones: classes [B, L], int64; `IGNORED` behind a recording's end.
+            prosody: [B, L, R], float32.
+        """
+        real = phones != IGNORED
+        mid, final = states.mid[real], states.final[real]
+        tokens, phones = tokens[real], phones[real]
+        text_logits, phone_logits = self.text_logits(final), self.phone_head(mid).float()
+        return Losses(
+            F.cross_entropy(text_logits, tokens, ignore_index=IGNORED),
+            F.cross_entropy(phone_logits, phones),
+            F.mse_loss(self.prosody_head(mid).float(), prosody[real]),
+            (text_logits.argmax(dim=-1) == tokens)[tokens != IGNORED].float().mean(),
+            (phone_logits.argmax(dim=-1) == phones).float().mean(),
+        )

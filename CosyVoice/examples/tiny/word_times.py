@@ -1,0 +1,137 @@
+"""Say when each token of a transcript is spoken, from the phones that flite spoke and their end times."""
+
+# T text tokens   P phones without pauses
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from corpus_reader import PAUSE
+
+_SAME, _OTHER, _LEFT_OUT = 0.0, 1.0, 0.8  # costs of the alignment: a phone too many costs less than two wrong ones
+
+
+class Span(NamedTuple):
+    """A stretch of a recording, in seconds."""
+
+    start: float
+    end: float
+
+
+def bare(word: str) -> str:
+    """A word as it is pronounced: lower-case letters, digits and apostrophes; '' for mere punctuation."""
+    return re.sub(r"[^a-z0-9']+", "", word.lower()).strip("'")
+
+
+def pronounce(words: Iterable[str], flite: str) -> dict[str, tuple[str, ...]]:
+    """Ask flite for the phones of single words.
+
+    Args:
+        words: as `bare` gives them.
+        flite: path of the program.
+
+    Returns:
+        {word: phones without pauses}.
+
+    Raises:
+        ValueError: flite's answer has another number of lines.
+    """
+    ordered = sorted(set(words))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "words.txt"
+        path.write_text(
+            "\n\n".join(ordered) + "\n", encoding="utf-8"
+        )  # a paragraph is an utterance, and a line of phones
+        command = [flite, "-voice", "kal16", "-ps", "-f", str(path), "-o", "none"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    if len(lines) != len(ordered):
+        raise ValueError(f"flite read {len(lines)} of {len(ordered)} words; expected a line of phones for each")
+    phones = [tuple(phone for phone in line.split() if phone != PAUSE) for line in lines]
+    return dict(zip(ordered, phones, strict=True))
+
+
+def token_spans(
+    pieces: Sequence[str],
+    word_ids: Sequence[int],
+    phones: Sequence[tuple[str, float]],
+    lexicon: Mapping[str, Sequence[str]],
+) -> list[Span | None]:
+    """Say when each token is heard.
+
+    The phones are shared out to the words by the cheapest alignment with what flite says for each word alone, and
+    within a word to its tokens by their numbers of letters. A token without letters is heard in the pause after its
+    word.
+
+    Args:
+        pieces: the tokens' texts, [T].
+        word_ids: the word of each token, [T], as `taste.text.tokenize` gives it.
+        phones: phone and end in seconds, pauses included.
+        lexicon: phones of each word, by `bare` text.
+
+    Returns:
+        [T]; None for a token that is not heard.
+    """
+    starts = [0.0, *(end for _, end in phones[:-1])]
+    spoken = [(phone, Span(start, end)) for (phone, end), start in zip(phones, starts, strict=True) if phone != PAUSE]
+    words = ["".join(p for p, w in zip(pieces, word_ids, strict=True) if w == word) for word in range(word_ids[-1] + 1)]
+    expected = [(phone, word) for word, text in enumerate(words) for phone in lexicon.get(bare(text), ())]
+    owners = align([phone for phone, _ in expected], [phone for phone, _ in spoken])
+    word_of_phone = np.array([expected[owner][1] for owner in owners], dtype=np.int64)
+
+    spans: list[Span | None] = []
+    for word in range(len(words)):
+        own = np.flatnonzero(word_of_phone == word).tolist()
+        letters = [len(bare(piece)) for piece, w in zip(pieces, word_ids, strict=True) if w == word]
+        bounds = np.round(np.cumsum([0, *letters]) / max(1, sum(letters)) * len(own)).astype(int).tolist()
+        for count, first, end in zip(letters, bounds[:-1], bounds[1:], strict=True):
+            if count and end > first:
+                spans.append(Span(spoken[own[first]][1].start, spoken[own[end - 1]][1].end))
+            elif count or not own:
+                spans.append(None)
+            else:
+                spans.append(_pause_after(own[-1], spoken, phones[-1][1]))
+    return spans
+
+
+def align(expected: Sequence[str], spoken: Sequence[str]) -> list[int]:
+    """Say which expected phone each spoken one is, by the least number of changes.
+
+    Args:
+        expected: phones, at least one.
+        spoken: phones, [P].
+
+    Returns:
+        indices into `expected`, [P], never falling; one that nobody expected belongs to the phone before it.
+    """
+    cost = np.zeros((len(expected) + 1, len(spoken) + 1))
+    cost[:, 0] = np.arange(len(expected) + 1) * _LEFT_OUT
+    cost[0] = np.arange(len(spoken) + 1) * _LEFT_OUT
+    differs = np.array([[_SAME if a == b else _OTHER for b in spoken] for a in expected])
+    for i in range(1, len(expected) + 1):
+        for j in range(1, len(spoken) + 1):
+            together = cost[i - 1, j - 1] + differs[i - 1, j - 1]
+            cost[i, j] = min(together, cost[i - 1, j] + _LEFT_OUT, cost[i, j - 1] + _LEFT_OUT)
+    i, j = len(expected), len(spoken)
+    owners = [0] * len(spoken)
+    while j:
+        if i and cost[i, j] == cost[i - 1, j - 1] + differs[i - 1, j - 1]:
+            i, j = i - 1, j - 1
+            owners[j] = i
+        elif i and cost[i, j] == cost[i - 1, j] + _LEFT_OUT:
+            i -= 1
+        else:
+            j -= 1
+            owners[j] = max(0, i - 1)
+    return owners
+
+
+def _pause_after(index: int, spoken: Sequence[tuple[str, Span]], end_seconds: float) -> Span | None:
+    start = spoken[index][1].end
+    end = spoken[index + 1][1].start if index + 1 < len(spoken) else end_seconds
+    return Span(start, end) if end > start else None
