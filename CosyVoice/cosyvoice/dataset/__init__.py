@@ -1,0 +1,1 @@
+"""Parquet shards of recordings -> batches for training."""
