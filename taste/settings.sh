@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Turns the UPPER_CASE settings at the top of a shell script into its command line, as taste/settings.py does for Python,
-# and runs commands so that a signal lets them save their work. Sourced by the script, never run.
+# Turns the UPPER_CASE settings at the top of a shell script into its command line, as taste/settings.py does for
+# Python, and runs commands so that a signal lets them save their work. Sourced by the script, never run.
 #
 #     BATCH_SIZE="${BATCH_SIZE:-16}"  # recordings at once
 #
@@ -66,7 +66,8 @@ find_python() {
         PYTHON="$repository/.venv/bin/python"
         [[ -x "$PYTHON" ]] || PYTHON=python3
     fi
-    command -v -- "$PYTHON" >/dev/null || fail "there is no interpreter $PYTHON; run 'make setup', or give --python PATH"
+    command -v -- "$PYTHON" >/dev/null ||
+        fail "there is no interpreter $PYTHON; run 'make setup', or give --python PATH"
 }
 
 # Run a command so that a signal to this script reaches it once, and wait until it has saved its work.

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Numbered stages made of steps, each with a `.done` mark, for the recipes beside this file. Sourced, never run.
 #
-# A step is one command whose result is kept. Its mark, <WORK_DIR>/.done/<step>.done, is written last and holds the command
-# and the size and time of every file it read: while these stay the same and the results are there, the step is skipped.
+# A step is one command whose result is kept. Its mark, <WORK_DIR>/.done/<step>.done, is written last and holds the
+# command and the size and time of every file it read: while these stay the same and the results are there, the step is
+# skipped.
 #
 #     if stage 3 "Parquet shards"; then
 #         needs 2 "$folder/utt2speech_token.pt"    # the stage that makes them, and the files
@@ -87,7 +88,7 @@ step() {
     NEEDS=() MAKERS=() GIVES=() CLEARS=() HOW=()
 }
 
-# together JOBS FUNCTION ARGUMENT...: `FUNCTION ARGUMENT` for each argument, so many at a time, each with a log of its own.
+# together JOBS FUNCTION ARGUMENT...: `FUNCTION ARGUMENT` for each argument, so many at a time, each with its own log.
 together() {
     local jobs="$1" body="$2" stop="" told=false worst=0 pid status
     local -a waiting
@@ -162,7 +163,8 @@ expect_needs() { # STEP
         fi
     done
     [[ -n "$problems" ]] || return 0
-    [[ -z "$first" ]] || next=$'\n'"run: $(quoted bash "$SCRIPT" "${WORDS_GIVEN[@]}" --stage "$first")" # the last one counts
+    # of two --stage the last one counts
+    [[ -z "$first" ]] || next=$'\n'"run: $(quoted bash "$SCRIPT" "${WORDS_GIVEN[@]}" --stage "$first")"
     fail "$1 needs what is not there:$problems$next"
 }
 

@@ -28,31 +28,31 @@ source "$HERE/path.sh"
 source "$REPOSITORY/taste/settings.sh"
 source "$HERE/../../recipe_lib.sh"
 
-STAGE="${STAGE:--1}"                                         # first stage to do
-STOP_STAGE="${STOP_STAGE:-7}"                                # last stage to do
-FORCE="${FORCE:-false}"                                      # do these stages again from their start, done or not: their results are removed first
-CORPUS_DIR="${CORPUS_DIR:-$HERE/corpus}"                     # folder that holds LibriTTS/, or will
-WORK_DIR="${WORK_DIR:-$HERE}"                                # folder of everything that is made: data/, exp/, tensorboard/
-MODEL_DIR="${MODEL_DIR:-$REPOSITORY/CosyVoice-300M}"         # released model: speaker encoder, speech tokenizer, weights
-CONFIG="${CONFIG:-$HERE/conf/cosyvoice.yaml}"                # sizes, data pipeline and training
-PARTS="${PARTS:-train-clean-100 train-clean-360 train-other-500 dev-clean dev-other test-clean test-other}" # of LibriTTS
+STAGE="${STAGE:--1}"                                    # first stage to do
+STOP_STAGE="${STOP_STAGE:-7}"                           # last stage to do
+FORCE="${FORCE:-false}"                                 # remove these stages' results and do them again
+CORPUS_DIR="${CORPUS_DIR:-$HERE/corpus}"                # folder that holds LibriTTS/, or will
+WORK_DIR="${WORK_DIR:-$HERE}"                           # folder of data/, exp/, tensorboard/, log/
+MODEL_DIR="${MODEL_DIR:-$REPOSITORY/CosyVoice-300M}"    # released model: speaker encoder, speech tokenizer, weights
+CONFIG="${CONFIG:-$HERE/conf/cosyvoice.yaml}"           # sizes, data pipeline and training
+PARTS="${PARTS:-train-clean-100 train-clean-360 train-other-500 dev-clean dev-other test-clean test-other}" # what to do
 DATA_URL="${DATA_URL:-https://www.openslr.org/resources/60}" # where <part>.tar.gz are
-REMOVE_ARCHIVES="${REMOVE_ARCHIVES:-false}"                  # remove <part>.tar.gz once it is unpacked
-NUM_THREAD="${NUM_THREAD:-8}"                                # threads that read recordings, in stages 1 and 2
-DEVICE="${DEVICE:-auto}"                                     # of stages 2 and 4: auto, cpu, cuda, cuda:1
-NUM_UTTS_PER_PARQUET="${NUM_UTTS_PER_PARQUET:-1000}"         # utterances in a shard
-NUM_JOBS="${NUM_JOBS:-10}"                                   # processes that write shards
-TTS_TEXT="${TTS_TEXT:-$HERE/tts_text.json}"                  # what stage 4 says: utterance that lends its voice, and texts
-PROMPT_PART="${PROMPT_PART:-test-clean}"                     # part that these utterances are in
-MODES="${MODES:-sft zero_shot}"                              # of inference
-MODELS="${MODELS:-llm flow hifigan}"                         # what stages 5 and 6 train and average
-FROM_SCRATCH="${FROM_SCRATCH:-false}"                        # begin with random weights, not with those of MODEL_DIR
-NUM_PROCESSES="${NUM_PROCESSES:-1}"                          # of training: one for each GPU
-DTYPE="${DTYPE:-fp32}"                                       # of training: fp32, bf16, fp16
-MAX_EPOCH="${MAX_EPOCH:-}"                                   # passes over the data; empty takes the configuration's
-MAX_STEPS="${MAX_STEPS:-}"                                   # at most so many training steps; empty sets no limit
-AVERAGE_NUM="${AVERAGE_NUM:-5}"                              # epochs with the lowest loss, whose weights are averaged
-PYTHON="${PYTHON:-}"                                         # interpreter; empty takes the repository's .venv, else python3
+REMOVE_ARCHIVES="${REMOVE_ARCHIVES:-false}"             # remove <part>.tar.gz once it is unpacked
+NUM_THREAD="${NUM_THREAD:-8}"                           # threads that read recordings, in stages 1 and 2
+DEVICE="${DEVICE:-auto}"                                # of stages 2 and 4: auto, cpu, cuda, cuda:1
+NUM_UTTS_PER_PARQUET="${NUM_UTTS_PER_PARQUET:-1000}"    # utterances in a shard
+NUM_JOBS="${NUM_JOBS:-10}"                              # processes that write shards
+TTS_TEXT="${TTS_TEXT:-$HERE/tts_text.json}"             # what stage 4 says, in which utterance's voice
+PROMPT_PART="${PROMPT_PART:-test-clean}"                # part that these utterances are in
+MODES="${MODES:-sft zero_shot}"                         # of inference
+MODELS="${MODELS:-llm flow hifigan}"                    # what stages 5 and 6 train and average
+FROM_SCRATCH="${FROM_SCRATCH:-false}"                   # begin with random weights, not with those of MODEL_DIR
+NUM_PROCESSES="${NUM_PROCESSES:-1}"                     # of training: one for each GPU
+DTYPE="${DTYPE:-fp32}"                                  # of training: fp32, bf16, fp16
+MAX_EPOCH="${MAX_EPOCH:-}"                              # passes over the data; empty takes the configuration's
+MAX_STEPS="${MAX_STEPS:-}"                              # at most so many training steps; empty sets no limit
+AVERAGE_NUM="${AVERAGE_NUM:-5}"                         # epochs with the lowest loss, whose weights are averaged
+PYTHON="${PYTHON:-}"                                    # interpreter; empty takes the repository's .venv
 
 declare -A PART_FILE=([llm]=llm.pt [flow]=flow.pt [hifigan]=hift.pt) # a released folder's name for what is trained
 COSYVOICE="$REPOSITORY/CosyVoice"

@@ -57,14 +57,13 @@ main() {
     folder="$1" url="$2" part="$3"
     [[ -f "$MD5SUMS" ]] || fail "there is no $MD5SUMS"
     wanted="$(awk -v name="$part.tar.gz" '$2 == name { print $1 }' "$MD5SUMS")"
-    [[ -n "$wanted" ]] ||
-        fail "LibriTTS has no part '$part'; there are: $(awk '{ sub(/\.tar\.gz$/, "", $2); print $2 }' "$MD5SUMS" | xargs)"
+    [[ -n "$wanted" ]] || fail "LibriTTS has no part '$part'; there are: $(awk '{ print $2 }' "$MD5SUMS" | xargs)"
     if [[ -f "$folder/LibriTTS/$part/.complete" ]]; then
         echo "$part: is there already ($folder/LibriTTS/$part)"
         return
     fi
     [[ ! -e "$folder/LibriTTS/$part" ]] ||
-        fail "$folder/LibriTTS/$part was not unpacked by this script; if it is whole, run: touch $folder/LibriTTS/$part/.complete"
+        fail "$folder/LibriTTS/$part comes from elsewhere; if it is whole, run: touch $folder/LibriTTS/$part/.complete"
 
     mkdir -p -- "$folder/LibriTTS"
     archive="$folder/$part.tar.gz"

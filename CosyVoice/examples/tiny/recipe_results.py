@@ -1,0 +1,94 @@
+"""What the stages of the tiny recipe measured, as the words and tables of the model's README."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured yet"
+EVALUATION = Path("evaluation") / "results.json"
+LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss"}  # of the cross-validation
+
+
+def describe_results(work_dir: Path) -> dict[str, str]:
+    """Describe what was trained, on what, and what it reaches.
+
+    Args:
+        work_dir: the recipe's folder; what is not there yet is said to be not measured.
+
+    Returns:
+        {name in the template: text}: corpus, encoders, trainings, evaluation.
+    """
+    return {
+        "corpus": _corpus(_read(work_dir / "corpus" / "corpus.json")),
+        "encoders": _encoders(work_dir),
+        "trainings": "\n".join(_training(work_dir / "exp" / name, name) for name in LOSS_NAMES),
+        "evaluation": _evaluation(_read(work_dir / EVALUATION)),
+    }
+
+
+def _corpus(counts: Mapping[str, Any]) -> str:
+    if not counts:
+        return NOT_MEASURED
+    train, test = counts["train"], counts["test"]
+    return (
+        f"{train['hours']:.2f} hours, {train['utterances']} utterances of {counts['speakers']} speakers "
+        f"(flite's voices {', '.join(counts['voices'])}, each at several pitches and rates), "
+        f"{train['vocabulary']} words. Tested on {test['utterances']} sentences that do not occur in it"
+    )
+
+
+def _encoders(work_dir: Path) -> str:
+    tokenizer = _read(work_dir / "s3_tokenizer" / "metrics.json")
+    lines = []
+    if tokenizer:
+        test = tokenizer["test"]
+        same = 1 - tokenizer["tokens_differing"] / max(tokenizer["tokens_compared"], 1)
+        lines += [
+            f"| S3 tokenizer: character error after quantization | {_percent(test['character_error_rate'])} |",
+            f"| S3 tokenizer: codes in use on the test set | {test['codes_in_use']} |",
+            f"| onnxruntime and s3tokenizer: equal tokens | {_percent(same)} |",
+        ]
+    for name, folder in (("speaker encoder", "speaker_encoder"), ("Whisper encoder", "whisper")):
+        metrics = _read(work_dir / folder / "metrics.json")
+        lines += [f"| {name}: {key} | {value} |" for key, value in _flat(metrics)]
+    return "\n".join(lines) or f"| encoders | {NOT_MEASURED} |"
+
+
+def _training(folder: Path, name: str) -> str:
+    """One row: part, epochs, steps, the best cross-validation."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return f"| {name} | {NOT_MEASURED} | | |"
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    checks = [entry for entry in entries if entry["tag"] == "CV"]
+    if not checks:
+        return f"| {name} | {NOT_MEASURED} | | |"
+    best = min(checks, key=lambda entry: entry[LOSS_NAMES[name]])
+    return f"| {name} | {checks[-1]['epoch'] + 1} | {checks[-1]['step']} | {best[LOSS_NAMES[name]]:.4f} |"
+
+
+def _evaluation(results: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {key} | {value} |" for key, value in _flat(results)) or f"| all | {NOT_MEASURED} |"
+
+
+def _flat(value: Mapping[str, Any], name: str = "") -> list[tuple[str, str]]:
+    """The numbers and words of nested tables, each under its path; lists are left out."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        path = f"{name}, {key.replace('_', ' ')}" if name else key.replace("_", " ")
+        if isinstance(item, Mapping):
+            rows += _flat(item, path)
+        elif isinstance(item, float):
+            rows.append((path, f"{item:.4g}"))
+        elif isinstance(item, (int, str)):
+            rows.append((path, str(item)))
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

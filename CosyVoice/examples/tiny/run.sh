@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# Make all of CosyVoice-tiny from nothing: a synthesised corpus, and every network of the folder trained on it.
+#
+#     0 corpus             ->  <WORK_DIR>/corpus/{audio,train,dev,test}; needs flite
+#     1 S3 tokenizer       ->  <WORK_DIR>/s3_tokenizer/speech_tokenizer_v1.onnx
+#     2 speaker encoder    ->  <WORK_DIR>/speaker_encoder/campplus.onnx
+#     3 speaker vectors    ->  corpus/<split>/{utt2embedding,spk2embedding}.pt
+#     4 speech tokens      ->  corpus/<split>/utt2speech_token.pt
+#     5 Parquet shards     ->  corpus/<split>/parquet/
+#     6 llm, flow, hifigan ->  <WORK_DIR>/exp/<model>/, trained side by side and averaged
+#     7 Whisper encoder    ->  <WORK_DIR>/whisper/
+#     8 assembly           ->  <WORK_DIR>/CosyVoice-tiny/, checked part by part
+#     9 evaluation         ->  <WORK_DIR>/evaluation/, and the results in the model's README.md
+#
+#     bash run.sh                                                       # about three hours on two CPU cores
+#     bash run.sh --device cuda --minutes-hifigan 60                    # where there is a GPU
+#     bash run.sh --stage 8 --stop-stage 8 --output CosyVoice-tiny      # put the result into the repository
+#
+# Run the same command again after any stop: what is done is skipped, what was begun goes on. Exit codes: 0 all good,
+# 1 error, 2 wrong usage, 3 finished but some recordings could not be used, 130/143 stopped by Ctrl-C or SIGTERM.
+#
+# Settings: edit them here, or give --lower-case-name VALUE (dashes or underscores), or set the variable of that name.
+# What stands here is relative to this file; what is given is relative to the working directory.
+set -euo pipefail
+HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+REPOSITORY="$(cd -- "$HERE/../../.." && pwd)"
+# shellcheck source=../../../taste/settings.sh
+source "$REPOSITORY/taste/settings.sh"
+source "$HERE/../recipe_lib.sh"
+
+STAGE="${STAGE:-0}"                            # first stage to do
+STOP_STAGE="${STOP_STAGE:-9}"                  # last stage to do
+FORCE="${FORCE:-false}"                        # remove these stages' results and do them again
+WORK_DIR="${WORK_DIR:-$HERE/work}"             # folder of everything that is made
+OUTPUT="${OUTPUT:-}"                           # the model's folder; empty takes <WORK_DIR>/CosyVoice-tiny
+CONFIG="${CONFIG:-$HERE/conf/cosyvoice.yaml}"  # sizes, data pipeline and training
+HOURS="${HOURS:-3.0}"                          # speech in the training set
+DEV_SIZE="${DEV_SIZE:-100}"                    # utterances in dev
+TEST_SIZE="${TEST_SIZE:-200}"                  # utterances in test
+TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-}"       # passes over the corpus, S3 tokenizer; empty takes the script's number
+OPEN_EPOCHS="${OPEN_EPOCHS:-}"                 # of them, at the start, without the quantizer
+SPEAKER_EPOCHS="${SPEAKER_EPOCHS:-}"           # the same, speaker encoder
+WHISPER_EPOCHS="${WHISPER_EPOCHS:-}"           # the same, Whisper encoder
+MINUTES_LLM="${MINUTES_LLM:-45}"               # of training the language model, all runs together
+MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
+MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
+MAX_EPOCH="${MAX_EPOCH:-}"                     # passes over the corpus in stage 6; empty takes the configuration's
+MAX_STEPS="${MAX_STEPS:-}"                     # at most so many steps in stage 6; empty sets no limit
+AVERAGE_NUM="${AVERAGE_NUM:-5}"                # epochs with the lowest loss, whose weights are averaged
+DTYPE="${DTYPE:-fp32}"                         # of training in stage 6: fp32, bf16, fp16
+DEVICE="${DEVICE:-auto}"                       # of stages 1, 4 and 6: auto, cpu, cuda
+NUM_THREADS="${NUM_THREADS:-}"                 # CPU threads in all; empty takes every core
+JOBS="${JOBS:-2}"                              # trainings at the same time in stage 6
+PYTHON="${PYTHON:-}"                           # interpreter; empty takes the repository's .venv, else python3
+
+SPLITS=(train dev test)
+COSYVOICE="$REPOSITORY/CosyVoice"
+export PYTHONPATH="$REPOSITORY:$COSYVOICE${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUTF8=1 # texts are UTF-8, whatever the locale says
+
+# Give the flag with its value to FLAGS where the value is not empty.
+flag() { [[ -z "$2" ]] || FLAGS+=("$1" "$2"); }
+
+make_corpus() {
+    command -v flite >/dev/null || fail "flite is not installed; run: apt-get update && apt-get install -y flite"
+    gives "$CORPUS"/{train,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones}
+    clears "$CORPUS"
+    step stage0 "$PYTHON" "$HERE/make_corpus.py" --work-dir "$WORK_DIR" \
+        --hours "$HOURS" --dev "$DEV_SIZE" --test "$TEST_SIZE"
+}
+
+train_tokenizer() {
+    local device="$DEVICE" find_device='from taste.settings import pick_device; print(pick_device("auto"))'
+    [[ "$device" != auto ]] || device="$("$PYTHON" -c "$find_device")"
+    needs 0 "$CORPUS"/{train,dev,test}/{wav.scp,phones}
+    gives "$S3_TOKENIZER"
+    clears "$WORK_DIR/s3_tokenizer"
+    FLAGS=()
+    flag --epochs "$TOKENIZER_EPOCHS"
+    flag --open-epochs "$OPEN_EPOCHS"
+    how --num-threads "$NUM_THREADS" --device "$device"
+    step stage1 "$PYTHON" "$HERE/train_s3_tokenizer.py" --work-dir "$WORK_DIR" "${FLAGS[@]}"
+}
+
+train_speaker_encoder() {
+    needs 0 "$CORPUS"/{train,dev,test}/wav.scp
+    gives "$SPEAKER_ENCODER"
+    clears "$WORK_DIR/speaker_encoder"
+    FLAGS=()
+    flag --epochs "$SPEAKER_EPOCHS"
+    how --threads "$NUM_THREADS"
+    step stage2 "$PYTHON" "$HERE/train_speaker_encoder.py" --work-dir "$WORK_DIR" "${FLAGS[@]}"
+}
+
+embed_split() {
+    needs 0 "$CORPUS/$1/wav.scp" "$CORPUS/$1/utt2spk"
+    needs 2 "$SPEAKER_ENCODER"
+    gives "$CORPUS/$1/utt2embedding.pt" "$CORPUS/$1/spk2embedding.pt"
+    clears "$CORPUS/$1/utt2embedding.pt" "$CORPUS/$1/utt2embedding.chunks"
+    how --num_thread "$NUM_THREADS"
+    step "stage3-$1" "$PYTHON" "$COSYVOICE/tools/extract_embedding.py" --dir "$CORPUS/$1" --onnx_path "$SPEAKER_ENCODER"
+}
+
+tokenize_split() {
+    needs 0 "$CORPUS/$1/wav.scp"
+    needs 1 "$S3_TOKENIZER"
+    gives "$CORPUS/$1/utt2speech_token.pt"
+    clears "$CORPUS/$1/utt2speech_token.pt" "$CORPUS/$1/utt2speech_token.chunks"
+    how --num_thread "$NUM_THREADS" --device "$DEVICE"
+    step "stage4-$1" "$PYTHON" "$COSYVOICE/tools/extract_speech_token.py" --dir "$CORPUS/$1" --onnx_path "$S3_TOKENIZER"
+}
+
+pack_split() {
+    needs 0 "$CORPUS/$1/wav.scp" "$CORPUS/$1/text" "$CORPUS/$1/utt2spk"
+    needs 3 "$CORPUS/$1/utt2embedding.pt" "$CORPUS/$1/spk2embedding.pt"
+    needs 4 "$CORPUS/$1/utt2speech_token.pt"
+    gives "$CORPUS/$1/parquet/data.list"
+    clears "$CORPUS/$1/parquet"
+    how --num_processes "$NUM_THREADS"
+    step "stage5-$1" "$PYTHON" "$COSYVOICE/tools/make_parquet_list.py" \
+        --src_dir "$CORPUS/$1" --des_dir "$CORPUS/$1/parquet"
+}
+
+# shellcheck disable=SC2317 # `together` runs it
+train_model() {
+    local minutes="MINUTES_${1^^}"
+    needs 5 "$CORPUS/train/parquet/data.list" "$CORPUS/dev/parquet/data.list"
+    gives "$EXP/$1/metrics.jsonl"
+    clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
+    FLAGS=()
+    flag --max_epoch "$MAX_EPOCH"
+    flag --max_steps "$MAX_STEPS"
+    flag --total_minutes "${!minutes}"
+    how --num_threads "$THREADS_A_JOB" --device "$DEVICE"
+    step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$CONFIG" \
+        --train_data "$CORPUS/train/parquet/data.list" --cv_data "$CORPUS/dev/parquet/data.list" \
+        --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$DTYPE" "${FLAGS[@]}"
+    needs 6 "$EXP/$1/metrics.jsonl"
+    gives "$EXP/$1/$1.pt"
+    step "stage6-$1-average" "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/$1/$1.pt" \
+        --src_path "$EXP/$1" --num "$AVERAGE_NUM" --val_best
+}
+
+train_whisper() {
+    needs 0 "$CORPUS"/{train,dev}/{wav.scp,text,phones}
+    needs 6 "$EXP/llm/llm.pt"
+    gives "$WORK_DIR/whisper/model.safetensors"
+    clears "$WORK_DIR/whisper"
+    FLAGS=()
+    flag --epochs "$WHISPER_EPOCHS"
+    how --threads "$NUM_THREADS"
+    step stage7 "$PYTHON" "$HERE/train_whisper.py" --work-dir "$WORK_DIR" --text-embedding "$EXP/llm/llm.pt" \
+        "${FLAGS[@]}"
+}
+
+assemble() {
+    needs 1 "$S3_TOKENIZER"
+    needs 2 "$SPEAKER_ENCODER"
+    needs 3 "$CORPUS/train/spk2embedding.pt"
+    needs 6 "$EXP/llm/llm.pt" "$EXP/flow/flow.pt" "$EXP/hifigan/hifigan.pt"
+    needs 7 "$WORK_DIR/whisper/model.safetensors"
+    gives "$OUTPUT/README.md" "$OUTPUT/spk2info.pt"
+    step stage8 "$PYTHON" "$HERE/assemble.py" --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
+}
+
+evaluate() {
+    needs 4 "$CORPUS/test/utt2speech_token.pt"
+    needs 8 "$OUTPUT/llm.pt" "$OUTPUT/flow.pt" "$OUTPUT/hift.pt"
+    step stage9 "$PYTHON" "$HERE/evaluate.py" --work-dir "$WORK_DIR" --model-dir "$OUTPUT"
+    step stage9-readme "$PYTHON" "$HERE/assemble.py" --readme-only \
+        --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
+}
+
+main() {
+    local split
+    begin_recipe "$@"
+    NUM_THREADS="${NUM_THREADS:-$(nproc)}"
+    expect_number NUM_THREADS JOBS AVERAGE_NUM
+    find_python "$REPOSITORY"
+    OUTPUT="${OUTPUT:-$WORK_DIR/CosyVoice-tiny}"
+    CORPUS="$WORK_DIR/corpus" EXP="$WORK_DIR/exp"
+    S3_TOKENIZER="$WORK_DIR/s3_tokenizer/speech_tokenizer_v1.onnx"
+    SPEAKER_ENCODER="$WORK_DIR/speaker_encoder/campplus.onnx"
+    THREADS_A_JOB=$((NUM_THREADS > JOBS ? NUM_THREADS / JOBS : 1))
+
+    if stage 0 "corpus"; then make_corpus; fi
+    if stage 1 "S3 tokenizer"; then train_tokenizer; fi
+    if stage 2 "speaker encoder"; then train_speaker_encoder; fi
+    if stage 3 "speaker vectors"; then for split in "${SPLITS[@]}"; do embed_split "$split"; done; fi
+    if stage 4 "speech tokens"; then for split in "${SPLITS[@]}"; do tokenize_split "$split"; done; fi
+    if stage 5 "Parquet shards"; then for split in "${SPLITS[@]}"; do pack_split "$split"; done; fi
+    if stage 6 "llm, flow, hifigan"; then together "$JOBS" train_model hifigan llm flow; fi # the longest first
+    if stage 7 "Whisper encoder"; then train_whisper; fi
+    if stage 8 "assembly"; then assemble; fi
+    if stage 9 "evaluation"; then evaluate; fi
+    end_recipe
+}
+
+main "$@"
