@@ -238,8 +238,9 @@ def open_data(
     key, _ = config_keys(settings.model)
     pipeline = load_config(settings.config, [key])[key]
     gan = settings.model == "hifigan"
-    train = Dataset(settings.train_data, pipeline, mode="train", gan=gan, shuffle=True, partition=True)
-    checked = Dataset(settings.cv_data, pipeline, mode="dev", gan=gan, shuffle=False, partition=False)
+    common = {"gan": gan, "seed": settings.seed, "cache": cache}
+    train = Dataset(settings.train_data, pipeline, mode="train", shuffle=True, partition=True, **common)
+    checked = Dataset(settings.cv_data, pipeline, mode="dev", shuffle=False, partition=False, **common)
     train_source = batch_source(train, settings.seed, settings.num_workers, settings.prefetch)
     cv_source = batch_source(checked, settings.seed, settings.num_workers, settings.prefetch)
     return train_source, lambda: cv_source(0, 0)
