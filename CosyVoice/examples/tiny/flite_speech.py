@@ -81,7 +81,7 @@ def synthesise(reading: Reading, flite: str) -> Speech:
         flite: path of the flite program.
 
     Returns:
-        the waveform, with the reading's peak and 0.08 s of silence at either end at most, and its phones with their times.
+        the waveform, with the reading's peak and 0.08 s of silence at either end at most, and its phones.
     """
     with tempfile.TemporaryDirectory() as folder:
         wav_path = Path(folder) / "speech.wav"

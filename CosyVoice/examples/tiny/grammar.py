@@ -498,6 +498,19 @@ def word_classes() -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(words)) for name, words in classes.items() if words}
 
 
+def vocabulary() -> set[str]:
+    """List every word that a sentence may hold.
+
+    Returns:
+        small letters, as `words_of` gives them.
+    """
+    texts = " ".join(RULES.values())
+    classes = word_classes()
+    used = {name for name in re.findall(r"\{([^}]+)\}", texts) if name in classes}
+    literal = re.sub(r"\{[^}]+\}|\ba\b", " ", texts)
+    return set(words_of(literal)) | {word.lower() for name in used for word in classes[name]}
+
+
 def words_of(sentence: str) -> list[str]:
     """Split a sentence into its words, small letters, without punctuation.
 
