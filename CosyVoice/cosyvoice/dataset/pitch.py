@@ -67,7 +67,8 @@ def _candidates(windows: Tensor, sample_rate: int, peak: float) -> tuple[np.ndar
     """Find the frequencies [F, C] a frame may have and how well each explains it; column 0 is "unvoiced", 0 Hz."""
     window_samples = windows.size(1)
     centred = windows - windows.mean(dim=1, keepdim=True)
-    loudness = centred.abs().amax(dim=1) / peak
+    third = window_samples // PERIODS_PER_WINDOW
+    loudness = centred[:, third : window_samples - third].abs().amax(dim=1) / peak  # where the frame is
     taper, taper_autocorrelation, fft_samples = _taper(window_samples)
     shortest, longest = int(sample_rate / HIGHEST_HZ), int(sample_rate / LOWEST_HZ) + 1
     spectrum = torch.fft.rfft(centred * taper, fft_samples)
@@ -88,7 +89,7 @@ def _candidates(windows: Tensor, sample_rate: int, peak: float) -> tuple[np.ndar
     lag = torch.arange(shortest, longest + 1, dtype=windows.dtype) + shift
     # harmonics-to-noise of a peak above 1 (short lags, interpolation) is mirrored, as Boersma does
     height = torch.where(height > 1, 1 / height, height)
-    score = height - OCTAVE_COST * torch.log2(LOWEST_HZ * lag / sample_rate)
+    score = height - OCTAVE_COST * torch.log2(HIGHEST_HZ * lag / sample_rate)
     best, index = score.masked_fill(~is_peak, -torch.inf).topk(CANDIDATES, dim=1)
     frequency = sample_rate / lag.gather(1, index)
     frequency = torch.where(torch.isfinite(best), frequency, torch.full_like(frequency, LOWEST_HZ))
