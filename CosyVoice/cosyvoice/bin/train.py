@@ -128,6 +128,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     accelerator = start_processes(settings)
+    # float32 parts of a 16-bit training (the whole flow, HiFT) may round their products' inputs on a GPU
+    torch.backends.cuda.matmul.allow_tf32 = config.dtype != "fp32"
     model_dir = Path(settings.model_dir)
 
     with _sole_writer(model_dir, accelerator):

@@ -116,7 +116,7 @@ class TransformerLM(nn.Module):
         sequence = pad_sequence(inputs, batch_first=True, padding_value=float(IGNORE_ID))
         target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_ID)
         hidden, _ = self.llm(sequence, torch.tensor([len(frames) for frames in inputs], device=device))
-        logits = self.llm_decoder(hidden)
+        logits = self.llm_decoder(hidden).float()  # autocast on the CPU would leave the loss in 16 bits
         return {
             "loss": self.criterion_ce(logits, target),
             "acc": th_accuracy(logits.flatten(0, 1), target, ignore_label=IGNORE_ID),

@@ -165,8 +165,8 @@ class Executor:
         self.wrapped = accelerator.prepare_model(self.model)
         self.notes["order"] = {**self.notes["order"], "processes": accelerator.num_processes}
         self.notes = json.loads(json.dumps(self.notes))  # as a checkpoint gives them back
-        self._sums: dict[str, float] = {}
-        self._summed = self._skipped = 0
+        self._seen: dict[str, list[float]] = {}  # numbers of the steps since the last line
+        self._skipped = 0
         self._waited = 0.0  # seconds for data since the last line
         self._run_began = self._counted_until = self._saved_at = self._line_at = time.monotonic()
 
@@ -323,9 +323,8 @@ class Executor:
             turn.optimizer.zero_grad(set_to_none=True)
             lr = turn.optimizer.param_groups[0]["lr"]
             for name, value in [*zip(names, values, strict=True), ("grad_norm", norm_value), ("lr", lr)]:
-                self._sums[turn.prefix + name] = self._sums.get(turn.prefix + name, 0.0) + value
+                self._seen.setdefault(turn.prefix + name, []).append(value)
             self._loss = values[names.index("loss")]
-        self._summed += 1
         self.progress.step += 1
         for turn in self.turns:
             self._place_schedule(turn)
@@ -505,9 +504,9 @@ class Executor:
 
     def _write_line(self) -> None:
         progress, now = self.progress, time.monotonic()
-        values = {name: value / self._summed for name, value in self._sums.items()}
+        values = {name: sum(seen) / len(seen) for name, seen in self._seen.items()}
         spent = now - self._line_at
-        values["steps_per_second"], values["data_wait"] = self._summed / spent, self._waited / spent
+        values["steps_per_second"], values["data_wait"] = len(self._seen["loss"]) / spent, self._waited / spent
         self.log.add(TRAIN_TAG, progress.epoch, progress.step, values)
         shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items() if name != "data_wait")
         left = shown_time(self._seconds_left())
@@ -515,7 +514,7 @@ class Executor:
             f"{TRAIN_TAG} epoch {progress.epoch} step {progress.step}: {shown}, waiting for data "
             f"{values['data_wait']:.0%}, {left} left"
         )
-        self._sums, self._summed, self._line_at, self._waited = {}, 0, now, 0.0
+        self._seen, self._line_at, self._waited = {}, now, 0.0
 
     def _seconds_left(self) -> float | None:
         """Of this run, by the pace of the training so far; None where nothing is known yet."""
