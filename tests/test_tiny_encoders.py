@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -11,16 +14,23 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.onnx_session import OnnxSession
+from taste.audio import read_audio
 from taste.speaker import SpeakerEncoder
+from taste.whisper_encoder import WhisperEncoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_EXAMPLE = REPOSITORY / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY_EXAMPLE))
 
 import train_speaker_encoder  # noqa: E402
+import train_whisper  # noqa: E402
+from corpus_reader import read_split  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
+from whisper_training import IGNORED, FrameTeacher, States, encode  # noqa: E402
+from word_times import Span, align, pronounce, token_spans  # noqa: E402
 
 RATE_HZ = 16_000
 
@@ -146,3 +156,170 @@ def test_stopped_speaker_training_goes_on_to_the_same_weights(
     capsys.readouterr()
     assert train_speaker_encoder.main([*arguments, str(stopped), "--lr", "0.1"]) == 1
     assert "other settings (lr)" in capsys.readouterr().err
+
+
+# ---- when words are spoken
+
+
+LEXICON = {"the": ("dh", "ax"), "cat": ("k", "ae", "t"), "sat": ("s", "ae", "t")}
+
+
+def test_alignment_gives_each_phone_to_the_nearest_expected_one() -> None:
+    assert align(["dh", "ax", "k"], ["dh", "ax", "k"]) == [0, 1, 2]
+    assert align(["dh", "ax", "k", "ae"], ["dh", "iy", "k", "ae"]) == [0, 1, 2, 3]  # another vowel
+    assert align(["dh", "ax", "k", "ae"], ["dh", "k", "ae"]) == [0, 2, 3]  # one is left out
+    assert align(["dh", "ax", "k"], ["dh", "ax", "hh", "k"]) == [0, 1, 1, 2]  # one too many
+    assert align(["dh", "ax"], []) == []
+
+
+def test_tokens_share_their_words_time_and_punctuation_takes_the_pause() -> None:
+    phones = [("pau", 0.1), ("dh", 0.2), ("iy", 0.3), ("k", 0.4), ("ae", 0.5), ("t", 0.6), ("pau", 0.8)]
+    phones += [("s", 0.9), ("ae", 1.0), ("t", 1.1), ("pau", 1.3)]
+    pieces, word_ids = ["The", " c", "at", ",", " sat", "."], [0, 1, 1, 1, 2, 2]
+    spans = token_spans(pieces, word_ids, phones, LEXICON)
+    assert spans == [Span(0.1, 0.3), Span(0.3, 0.4), Span(0.4, 0.6), Span(0.6, 0.8), Span(0.8, 1.1), Span(1.1, 1.3)]
+    assert token_spans([*pieces, " xyz"], [*word_ids, 3], phones, LEXICON)[-1] is None  # flite did not speak it
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
+def test_flite_says_the_phones_of_single_words() -> None:
+    assert pronounce({"the", "cat"}, "flite") == {"cat": ("k", "ae", "t"), "the": ("dh", "ax")}
+
+
+# ---- Whisper encoder
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> list[train_whisper.Example]:
+    write_corpus(tmp_path)
+
+    class Letters:
+        """A tokenizer with one token a word."""
+
+        encoding = None
+
+        def encode(self, text: str, allowed_special: str) -> list[int]:
+            return [7, 9, 8]
+
+        def decode_single_token_bytes(self, token: int) -> bytes:
+            return {7: b"The", 9: b" cat", 8: b"."}[token]
+
+    tokenizer = Letters()
+    tokenizer.encoding = tokenizer
+    spoken = read_split(tmp_path / "corpus", "dev")
+    return [train_whisper.prepare(item, tokenizer, [7, 9], LEXICON) for item in spoken]
+
+
+def test_frames_are_labelled_with_what_is_spoken_there(prepared: list[train_whisper.Example]) -> None:
+    example = prepared[0]
+    assert example.tokens.tolist() == [0] * 5 + [1] * 10 + [2] * 30 + [IGNORED] * 5  # "." is no class here
+    assert len(example.phones) == 50
+    assert example.timing[5].exp().tolist() == pytest.approx([1.5, 5.5, 1.5, 10.5])  # frames, of "dh" and of "The"
+
+
+def test_training_mel_is_that_of_the_whole_window(prepared: list[train_whisper.Example], tmp_path: Path) -> None:
+    mels, tokens, phones, _ = train_whisper.collate([[prepared[0]], [prepared[1], prepared[0]]])
+    for row, path in ((0, sorted((tmp_path / "corpus").glob("dev-*.flac"))[0]),):
+        waveform = read_audio(path, RATE_HZ).waveform
+        whole = whisper_log_mel(F.pad(waveform, (0, 30 * RATE_HZ - len(waveform))), 128)
+        torch.testing.assert_close(mels[row], whole[:, : mels.shape[2]], atol=2e-3, rtol=0)  # float16 in memory
+    assert (tokens[0, 50:] == IGNORED).all() and (phones[0, 50:] == IGNORED).all()
+    assert phones[1, 50:100].tolist() == phones[0, :50].tolist()
+
+
+def test_with_all_silence_drawn_the_encoder_is_transformers_own() -> None:
+    torch.manual_seed(0)
+    encoder = train_whisper.build_whisper().model.encoder.eval()
+    for layer in encoder.layers:
+        layer.self_attn.k_proj.weight.data *= 4.0  # so that attention prefers some frames
+    mels = torch.full((2, 128, 3000), -0.7)
+    mels[:, :, :120] = torch.randn(2, 128, 120, generator=torch.Generator().manual_seed(1)) * 0.5
+    taps = []
+    encoder.layers[5].register_forward_hook(lambda *call: taps.append(call[2]))
+    with torch.inference_mode():
+        whole = encoder(mels).last_hidden_state[:, :62]
+        states = encode(encoder, mels[:, :, : 2 * (62 + 4)], 6, 10_000, None)
+        few = encode(encoder, mels[:, :, : 2 * (62 + 4)], 6, 64, torch.Generator().manual_seed(0))
+        alone = encode(encoder, mels[:, :, : 2 * (62 + 4)], 6, 0, None)
+    mid = taps[0] if isinstance(taps[0], torch.Tensor) else taps[0][0]
+    torch.testing.assert_close(states.final, whole, atol=1e-2, rtol=0)  # the window's last frame ends in no silence
+    torch.testing.assert_close(states.mid, mid[:, :62], atol=1e-2, rtol=0)
+    distance = [(other.final - whole).abs().mean().item() for other in (few, alone)]
+    assert distance[0] < 0.3 * distance[1]  # some of the silence stands for all of it
+
+
+def test_every_utterance_stands_in_one_row_of_a_batch_that_is_not_too_large() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(50, 300) for _ in range(200)]
+    batches = train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(1))
+    assert sorted(i for batch in batches for row in batch for i in row) == list(range(200))
+    assert any(len(row) > 1 for batch in batches for row in batch)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(sum(lengths[i] for i in row) for row in batch) <= 2_000
+    assert batches == train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(1))
+    assert batches != train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(2))
+
+
+def test_disturbed_rows_keep_digital_silence_behind_them(prepared: list[train_whisper.Example]) -> None:
+    mels, _, phones, _ = train_whisper.collate([[prepared[0]], [prepared[1], prepared[0]]])
+    lengths = (phones != IGNORED).sum(dim=1)
+    for seed in range(5):
+        disturbed = train_whisper.disturb(mels, lengths, 0.5, torch.Generator().manual_seed(seed))
+        for row, length in zip(disturbed, (2 * lengths + 4).tolist(), strict=True):
+            assert row[:, length:].unique().numel() == 1
+            assert row[0, -1] == pytest.approx(max(row.max().item() - 2.0, -1.5), abs=0.3)  # masks may hide the loudest
+            assert row.min() == row[0, -1]
+    assert not torch.equal(disturbed, mels)
+
+
+def test_teacher_knows_a_token_by_its_embedding() -> None:
+    torch.manual_seed(0)
+    embeddings = torch.randn(20, 16)
+    teacher = FrameTeacher(16, embeddings, phones=3, prosody=2)
+    with torch.no_grad():
+        teacher.to_text.weight.copy_(torch.eye(16))
+        teacher.to_text.bias.zero_()
+    tokens = torch.arange(1, 21)[None]
+    phones = torch.zeros(1, 20, dtype=torch.long)
+    phones[0, 15:] = IGNORED
+    states = States(torch.zeros(1, 20, 16), 5.0 * embeddings[None])
+    losses = teacher(states, tokens, phones, torch.zeros(1, 20, 2))
+    assert losses.text_accuracy == 1.0
+    states.final[0, 15:] = 0.0  # behind the recording's end
+    assert teacher(states, tokens, phones, torch.zeros(1, 20, 2)).text == losses.text
+
+
+def test_stopped_whisper_training_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_whisper, "find_flite", lambda: "no flite")
+    monkeypatch.setattr(train_whisper, "pronounce", lambda words, flite: LEXICON)
+    arguments = ["--epochs", "2", "--frames-per-batch", "160", "--joined-share", "0", "--work-dir"]
+    straight, stopped = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b")
+    assert train_whisper.main([*arguments, str(straight)]) == 0
+
+    run = train_whisper.run
+    asked = iter([False, False, False, True])  # in the middle of the second epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(train_whisper, "run", lambda settings, stop: run(settings, lambda: next(asked)))
+        patch.setattr(train_whisper.StopRequest, "exit_code", 130)
+        assert train_whisper.main([*arguments, str(stopped)]) == 130
+    assert not (stopped / "whisper" / ".done").exists()
+    assert train_whisper.main([*arguments, str(stopped)]) == 0
+    files = [folder / "whisper" / "model.safetensors" for folder in (straight, stopped)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    assert files[0].stat().st_size < 4_500_000
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o644
+    (features,) = WhisperEncoder(straight / "whisper", mid_layer=6).encode([torch.zeros(RATE_HZ)])
+    assert features.mid.shape == features.final.shape == (50, 128)
+    metrics = json.loads((straight / "whisper" / "metrics.json").read_text())
+    assert {"phone_accuracy", "text_accuracy", "looks_right", "consistency"} <= set(metrics)
+
+    capsys.readouterr()
+    torch.save({"text_embedding.weight": torch.randn(51_866, 16)}, tmp_path / "llm.pt")
+    assert train_whisper.main([*arguments, str(stopped), "--text-embedding", str(tmp_path / "llm.pt")]) == 1
+    assert "other settings (text_embedding)" in capsys.readouterr().err
+    torch.save({"other": torch.zeros(1)}, tmp_path / "flow.pt")
+    assert train_whisper.main([*arguments, str(stopped), "--text-embedding", str(tmp_path / "flow.pt")]) == 1
+    assert "holds no text_embedding.weight" in capsys.readouterr().err

@@ -51,8 +51,8 @@ from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperE
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows
-EPOCHS = 16  # passes over the training split
-FRAMES_PER_BATCH = 4_000  # 20 ms each
+EPOCHS = 15  # passes over the training split
+FRAMES_PER_BATCH = 2_500  # 20 ms each
 JOINED_SHARE = 0.15  # of the rows that are several utterances one after another, so that late positions are met
 LR = 1.5e-3  # peak learning rate of AdamW; it rises over the first tenth and falls along a cosine
 WEIGHT_DECAY = 0.02  # AdamW's
