@@ -13,6 +13,10 @@ from cosyvoice.utils.config import MAX_FILE_BYTES, MODEL_KEYS, Call, ConfigError
 
 DATA_DIR = Path(__file__).parent / "data"
 RELEASED_STYLE = DATA_DIR / "cosyvoice_300m.yaml"
+EXAMPLES = Path(__file__).parents[1] / "CosyVoice" / "examples"
+RELEASED_SIZES = EXAMPLES / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
+TINY_SIZES = EXAMPLES / "tiny" / "conf" / "cosyvoice.yaml"
+TRAINING_KEYS = ("data_pipeline", "data_pipeline_gan", "train_conf", "train_conf_gan")
 
 
 @pytest.fixture
@@ -167,7 +171,9 @@ def test_a_chain_of_references_has_an_end(write):
         "!new:whisper.tokenizer.get_tokenizer",
         "!new:omegaconf.DictConfig [{a: 1}]",
         "!new:omegaconf.DictConfig text",
-        "!name:cosyvoice.dataset.processor.parquet_opener",
+        "!new:cosyvoice.dataset.processor.parquet_opener {data: /etc/passwd}",
+        "!name:cosyvoice.dataset.processor.soundfile.write {file: x}",
+        "!name:cosyvoice.dataset.dataset.read_data_list {path: /etc/passwd}",
     ],
 )
 def test_a_key_that_is_built_takes_only_the_parts_this_project_builds(write, value):
@@ -259,3 +265,31 @@ def test_the_300m_configuration_has_the_published_keys_and_shapes(part, golden_d
         module = load_config(RELEASED_STYLE, [part])[part]
     published = json.loads((golden_dir / "cosyvoice_300m_state_dict_shapes.json").read_text())[part]
     assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == published
+
+
+def without_places(value):
+    """A checked value, with no file and line in it."""
+    if isinstance(value, Call):
+        return value.tag, value.name, without_places(value.arguments)
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    return [without_places(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_libritts_configuration_describes_the_released_model():
+    assert without_places(read_config(RELEASED_SIZES)) == without_places(read_config(RELEASED_STYLE))
+
+
+@pytest.mark.parametrize("path", [RELEASED_SIZES, TINY_SIZES], ids=["libritts", "tiny"])
+def test_a_training_configuration_gives_both_pipelines_and_both_trainings(path):
+    built = load_config(path, [*TRAINING_KEYS, "hifigan"] if path == TINY_SIZES else TRAINING_KEYS)
+    names = [step.func.__name__ for step in built["data_pipeline"]]
+    assert names[:2] == ["parquet_opener", "tokenize"] and names[-2:] == ["batch", "padding"]
+    assert {step.func.__name__ for step in built["data_pipeline_gan"]} > {"truncate", "compute_f0"}
+    assert built["train_conf"]["scheduler"] == "warmuplr" and built["train_conf_gan"]["accum_grad"] == 1
+
+
+def test_the_tiny_configuration_has_the_keys_of_the_released_one():
+    tiny, released = (read_config(path, TRAINING_KEYS) for path in (TINY_SIZES, RELEASED_SIZES))
+    for key in ("train_conf", "train_conf_gan"):
+        assert set(tiny[key]) - {"cache", "adversarial_from"} == set(released[key])

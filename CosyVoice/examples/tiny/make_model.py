@@ -3,7 +3,8 @@
     python CosyVoice/examples/tiny/make_model.py --size tiny --output CosyVoice-tiny      (10 seconds, 30 MB)
     python CosyVoice/examples/tiny/make_model.py --size 300m --output /tmp/CosyVoice-300M (minutes, 5.5 GB)
 
-In: the demo corpus (`json/`), to which the audio encoders are scaled. Out: cosyvoice.yaml, llm.pt, flow.pt, hift.pt,
+In: the sizes' training configurations (conf/cosyvoice.yaml), and the demo corpus (`json/`), to which the audio encoders
+are scaled. Out: cosyvoice.yaml, llm.pt, flow.pt, hift.pt,
 campplus.onnx, speech_tokenizer_v1.onnx, spk2info.pt, whisper/ and a README.md that says what the folder is. The 300m
 folder has the published shapes and stands in for weights that cannot be had; it says nothing anyone could understand.
 """
@@ -33,18 +34,17 @@ from seeded_encoders import FITTED_CODES, WHISPER_STATE_SCALE, seed_convolutions
 from speaker_onnx import build_speaker_encoder  # noqa: E402
 
 from cosyvoice.utils.audio import speaker_fbank, whisper_log_mel  # noqa: E402
-from cosyvoice.utils.config import load_config  # noqa: E402
+from cosyvoice.utils.config import load_config, read_config  # noqa: E402
 from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.manifest import Utterance, read_manifest  # noqa: E402
 from taste.s3_units import HEAD_WIDTH  # noqa: E402
 
-YAML_TEMPLATE = Path(__file__).with_name("cosyvoice.yaml.in")
+EXAMPLES = REPOSITORY / "CosyVoice" / "examples"
 README_TEMPLATE = Path(__file__).with_name("model_readme.md.in")
 PARTS = ("llm", "flow", "hift")
 SAMPLE_RATE_HZ = 16_000
 MEL_BINS = 128
-S3_CODES = 4096
 S3_POSITIONS = 1500  # 30 s
 OUTPUT_HEAD_STD = 0.02  # the language model starts near a uniform guess, ln 4097 = 8.32
 SPECIAL_TOKENS = 8  # vocabulary of the tiny Whisper, whose decoder is never used
@@ -52,25 +52,9 @@ SPECIAL_TOKENS = 8  # vocabulary of the tiny Whisper, whose decoder is never use
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of cosyvoice.yaml that differ between the sizes, and those of the encoders."""
+    """Where the sizes of llm, flow and hift stand, and the sizes of the encoders."""
 
-    text_tokens: int
-    text_width: int
-    llm_width: int
-    llm_heads: int
-    llm_units: int
-    text_blocks: int
-    llm_blocks: int
-    flow_width: int
-    flow_heads: int
-    flow_units: int
-    flow_blocks: int
-    unet_channels: tuple[int, int]
-    unet_blocks: int
-    unet_mid_blocks: int
-    unet_heads: int
-    unet_head_width: int
-    hift_channels: int
+    config: Path  # cosyvoice.yaml
     s3_width: int
     s3_layers: int
     whisper_width: int
@@ -83,23 +67,7 @@ class ModelSize:
 
 
 TINY = ModelSize(
-    text_tokens=51_866,
-    text_width=64,
-    llm_width=128,
-    llm_heads=4,
-    llm_units=512,
-    text_blocks=2,
-    llm_blocks=4,
-    flow_width=128,
-    flow_heads=4,
-    flow_units=512,
-    flow_blocks=2,
-    unet_channels=(64, 64),
-    unet_blocks=1,
-    unet_mid_blocks=2,
-    unet_heads=2,
-    unet_head_width=32,
-    hift_channels=64,
+    config=EXAMPLES / "tiny" / "conf" / "cosyvoice.yaml",
     s3_width=128,
     s3_layers=3,
     whisper_width=128,
@@ -111,23 +79,7 @@ TINY = ModelSize(
     half_on_disk=True,
 )
 FULL = ModelSize(
-    text_tokens=51_866,
-    text_width=512,
-    llm_width=1024,
-    llm_heads=16,
-    llm_units=4096,
-    text_blocks=6,
-    llm_blocks=14,
-    flow_width=512,
-    flow_heads=8,
-    flow_units=2048,
-    flow_blocks=6,
-    unet_channels=(256, 256),
-    unet_blocks=4,
-    unet_mid_blocks=12,
-    unet_heads=8,
-    unet_head_width=64,
-    hift_channels=512,
+    config=EXAMPLES / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
     s3_width=1280,
     s3_layers=6,
     whisper_width=1280,
@@ -164,11 +116,9 @@ def build_folder(output: Path, size_name: str, seed: int, manifest: Path) -> Non
 
 
 def write_config(path: Path, size_name: str, size: ModelSize) -> None:
-    """Fill the template of cosyvoice.yaml."""
-    values = asdict(size) | {"unet_channels": list(size.unet_channels), "speech_codes": S3_CODES}
-    note = "seeded, not trained (CosyVoice/examples/tiny/make_model.py)"
-    template = string.Template(YAML_TEMPLATE.read_text(encoding="utf-8"))
-    path.write_text(template.substitute(values, size=size_name, note=note), encoding="utf-8")
+    """Copy the size's training configuration, under a line that says what the weights are."""
+    note = f"# {size_name} size: seeded, not trained (CosyVoice/examples/tiny/make_model.py)\n"
+    path.write_text(note + size.config.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def write_readme(path: Path, size_name: str, seed: int, output: str) -> None:
@@ -182,13 +132,14 @@ def write_readme(path: Path, size_name: str, seed: int, output: str) -> None:
 
 def write_speech_tokenizer(path: Path, size: ModelSize, mels: Sequence[Tensor], seed: int) -> None:
     """Seed an S3 tokenizer, fit it to log-mels [128, T], and write its graph."""
+    codes = read_config(size.config, ["flow"])["flow"].arguments["vocab_size"]
     config = ModelConfig(
         n_mels=MEL_BINS,
         n_audio_ctx=S3_POSITIONS,
         n_audio_state=size.s3_width,
         n_audio_head=size.s3_width // HEAD_WIDTH,
         n_audio_layer=size.s3_layers,
-        n_codebook_size=S3_CODES,
+        n_codebook_size=codes,
     )
     model = seed_s3_tokenizer(config, mels, seed)
     onnx.save(build_speech_tokenizer(model.state_dict(), config.n_audio_head), path)
