@@ -26,7 +26,6 @@ line, the inputs of both modes, the names of the files).
 import hashlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,9 +123,6 @@ def read_texts(path: str | Path) -> list[Text]:
         if Path(utt).name != utt:
             raise ValueError(f"{path}: the utterance {utt!r} cannot name a file")
         texts += [Text(f"{utt}_{number}", utt, text) for number, text in enumerate(said)]
-    twice = [key for key, count in Counter(text.key for text in texts).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path}: two texts would both be written to {twice[0]}.wav; rename one of the utterances")
     if not texts:
         raise ValueError(f"{path}: no utterance has a text; expected at least one")
     return texts

@@ -33,7 +33,10 @@ class ScriptedEncoder(nn.Module):
     def __init__(self, path: str | Path, width: int, device: torch.device) -> None:
         super().__init__()
         if not Path(path).is_file():
-            raise FileNotFoundError(f"load_jit needs {path}, which this folder has not; load it with load_jit=False")
+            raise FileNotFoundError(
+                f"load_jit needs {path}, which is not there; make it with: python CosyVoice/cosyvoice/bin/export_jit.py "
+                f"--model_dir {Path(path).parent}, or load the model with load_jit=False"
+            )
         try:
             self.script = torch.jit.load(str(path), map_location=device)
         except RuntimeError as error:
