@@ -14,6 +14,7 @@
 # What stands here is relative to this file; what is given is relative to the working directory.
 set -euo pipefail
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "$HERE/taste/settings.sh"
 
 MODEL_DIR="${MODEL_DIR:-$HERE/CosyVoice-tiny}"  # model folder: CosyVoice-300M, or another with the same files
 SPLITS="${SPLITS:-train test}"                  # manifests to do, without .jsonl
@@ -25,72 +26,13 @@ BACKEND="${BACKEND:-s3tokenizer}"               # s3tokenizer (batched, PyTorch)
 NUM_THREAD="${NUM_THREAD:-8}"                   # threads that read recordings
 PYTHON="${PYTHON:-}"                            # interpreter; empty takes this folder's .venv, else python3
 
-SETTINGS="$(sed -n 's/^\([A-Z_]*\)="\${\1:-.*/\1/p' "${BASH_SOURCE[0]}")"  # their names, one a line
-
-show_help() {
-    sed -n '2,/^set /{/^#/{s/^# \{0,1\}//;p}}' "${BASH_SOURCE[0]}"
-    echo
-    sed -n 's/^\([A-Z_]*\)="\${\1:-\(.*\)}" *# \(.*\)/--\L\1\E\t\3 (\2)/p' "${BASH_SOURCE[0]}" |
-        while IFS=$'\t' read -r flag help; do printf '  %-14s %s\n' "${flag//_/-}" "$help"; done
-}
-
-refuse_usage() {
-    printf 'error: %s; see: bash s3.sh --help\n' "$1" >&2
-    exit 2
-}
-
-fail() {
-    printf 'error: %s\n' "$1" >&2
-    exit 1
-}
-
-read_flags() {
-    local flag value name
-    while (($#)); do
-        case "$1" in
-            -h | --help) show_help && exit 0 ;;
-            --?*=*) flag="${1%%=*}" value="${1#*=}" && shift ;;
-            --?*)
-                (($# > 1)) || refuse_usage "$1 needs a value"
-                flag="$1" value="$2" && shift 2
-                ;;
-            *) refuse_usage "unexpected argument '$1'" ;;
-        esac
-        name="${flag#--}" && name="${name//-/_}" && name="${name^^}"
-        grep -qxF -- "$name" <<<"$SETTINGS" || refuse_usage "there is no flag $flag"
-        printf -v "$name" '%s' "$value"
-    done
-}
-
-# Run a command so that a signal to this script reaches it once, and wait until it has saved its work.
-run_stoppable() {
-    local child status=0
-    set -m # a process group of its own: Ctrl-C comes through the trap alone
-    "$@" &
-    child=$!
-    trap 'kill -INT "$child"' INT
-    trap 'kill -TERM "$child"' TERM HUP
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do # a trap ended the wait, not the child
-        status=0
-        wait "$child" || status=$?
-    done
-    trap - INT TERM HUP
-    set +m
-    return "$status"
-}
-
 main() {
     read_flags "$@"
     local tokenizer="$MODEL_DIR/speech_tokenizer_v1.onnx" split manifest status result=0
     local -a splits
     read -r -a splits <<<"$SPLITS"
     ((${#splits[@]})) || refuse_usage "SPLITS names no manifest"
-    if [[ -z "$PYTHON" ]]; then
-        PYTHON="$HERE/.venv/bin/python"
-        [[ -x "$PYTHON" ]] || PYTHON=python3
-    fi
-    command -v -- "$PYTHON" >/dev/null || fail "there is no interpreter $PYTHON; run 'make setup', or give --python PATH"
+    find_python "$HERE"
     [[ -f "$tokenizer" ]] || fail "there is no $tokenizer; run: python setup_cosyvoice.py --model-dir $MODEL_DIR"
 
     for split in "${splits[@]}"; do

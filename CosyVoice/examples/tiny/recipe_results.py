@@ -7,7 +7,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured yet"
 EVALUATION = Path("evaluation") / "results.json"
-LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss"}  # of the cross-validation
+LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss_mel"}  # of the cross-validation
 
 
 def describe_results(work_dir: Path) -> dict[str, str]:

@@ -41,6 +41,7 @@ REMOVE_ARCHIVES="${REMOVE_ARCHIVES:-false}"             # remove <part>.tar.gz o
 NUM_THREAD="${NUM_THREAD:-8}"                           # threads that read recordings, in stages 1 and 2
 DEVICE="${DEVICE:-auto}"                                # of stages 2 and 4: auto, cpu, cuda, cuda:1
 NUM_UTTS_PER_PARQUET="${NUM_UTTS_PER_PARQUET:-1000}"    # utterances in a shard
+SKIP_INCOMPLETE="${SKIP_INCOMPLETE:-false}"             # leave what stages 1 and 2 failed on out of the shards
 NUM_JOBS="${NUM_JOBS:-10}"                              # processes that write shards
 TTS_TEXT="${TTS_TEXT:-$HERE/tts_text.json}"             # what stage 4 says, in which utterance's voice
 PROMPT_PART="${PROMPT_PART:-test-clean}"                # part that these utterances are in
@@ -112,6 +113,8 @@ tokenize_part() {
 }
 
 pack_part() {
+    local -a flags=()
+    [[ "$SKIP_INCOMPLETE" == false ]] || flags=(--skip_incomplete)
     needs 0 "$DATA/$1/wav.scp" "$DATA/$1/text" "$DATA/$1/utt2spk"
     needs 1 "$DATA/$1/utt2embedding.pt" "$DATA/$1/spk2embedding.pt"
     needs 2 "$DATA/$1/utt2speech_token.pt"
@@ -119,7 +122,7 @@ pack_part() {
     clears "$DATA/$1/parquet"
     how --num_processes "$NUM_JOBS"
     step "stage3-$1" "$PYTHON" "$COSYVOICE/tools/make_parquet_list.py" \
-        --num_utts_per_parquet "$NUM_UTTS_PER_PARQUET" --src_dir "$DATA/$1" --des_dir "$DATA/$1/parquet"
+        --num_utts_per_parquet "$NUM_UTTS_PER_PARQUET" --src_dir "$DATA/$1" --des_dir "$DATA/$1/parquet" "${flags[@]}"
 }
 
 speak() {
