@@ -34,7 +34,7 @@ class ScriptedEncoder(nn.Module):
         super().__init__()
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"load_jit needs {path}, which is not there; make it with: python CosyVoice/cosyvoice/bin/export_jit.py "
+                f"load_jit needs {path}, which is not there; make it: python CosyVoice/cosyvoice/bin/export_jit.py "
                 f"--model_dir {Path(path).parent}, or load the model with load_jit=False"
             )
         try:
