@@ -131,6 +131,13 @@ together() {
     [[ -z "$stop" ]] || exit 130
 }
 
+# at_most_epochs FOLDER NUMBER: so many as a training has epochs, if these are fewer; the averaging takes no more.
+at_most_epochs() {
+    local -a epochs
+    mapfile -t epochs < <(find "$1" -maxdepth 1 -name 'epoch_*.yaml' ! -name '*_step_*' 2>/dev/null)
+    echo "$((${#epochs[@]} > 0 && ${#epochs[@]} < $2 ? ${#epochs[@]} : $2))"
+}
+
 end_recipe() {
     printf '\nstages %s to %s are done' "$STAGE" "$STOP_STAGE"
     ((RESULT == 0)) && echo || echo "; some recordings could not be used (see above)"

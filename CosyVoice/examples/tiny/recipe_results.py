@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "not measured yet"
-EVALUATION = Path("evaluation") / "results.json"
+EVALUATIONS = {"its own test set": "test", "recordings of people": "real"}  # title, and folder of the report
 LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss_mel"}  # of the cross-validation
 
 
@@ -23,7 +23,10 @@ def describe_results(work_dir: Path) -> dict[str, str]:
         "corpus": _corpus(_read(work_dir / "corpus" / "corpus.json")),
         "encoders": _encoders(work_dir),
         "trainings": "\n".join(_training(work_dir / "exp" / name, name) for name in LOSS_NAMES),
-        "evaluation": _evaluation(_read(work_dir / EVALUATION)),
+        "evaluation": "\n\n".join(
+            f"On {title}:\n\n{_table(work_dir / 'evaluation' / folder / 'report.md')}"
+            for title, folder in EVALUATIONS.items()
+        ),
     }
 
 
@@ -39,16 +42,7 @@ def _corpus(counts: Mapping[str, Any]) -> str:
 
 
 def _encoders(work_dir: Path) -> str:
-    tokenizer = _read(work_dir / "s3_tokenizer" / "metrics.json")
     lines = []
-    if tokenizer:
-        test = tokenizer["test"]
-        same = 1 - tokenizer["tokens_differing"] / max(tokenizer["tokens_compared"], 1)
-        lines += [
-            f"| S3 tokenizer: character error after quantization | {_percent(test['character_error_rate'])} |",
-            f"| S3 tokenizer: codes in use on the test set | {test['codes_in_use']} |",
-            f"| onnxruntime and s3tokenizer: equal tokens | {_percent(same)} |",
-        ]
     for name, folder in (("speaker encoder", "speaker_encoder"), ("Whisper encoder", "whisper")):
         metrics = _read(work_dir / folder / "metrics.json")
         lines += [f"| {name}: {key} | {value} |" for key, value in _flat(metrics)]
@@ -68,8 +62,10 @@ def _training(folder: Path, name: str) -> str:
     return f"| {name} | {checks[-1]['epoch'] + 1} | {checks[-1]['step']} | {best[LOSS_NAMES[name]]:.4f} |"
 
 
-def _evaluation(results: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {key} | {value} |" for key, value in _flat(results)) or f"| all | {NOT_MEASURED} |"
+def _table(report: Path) -> str:
+    """The table of an evaluation's report, without its title and command."""
+    lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
+    return "\n".join(line for line in lines if line.startswith("|")) or f"{NOT_MEASURED}."
 
 
 def _flat(value: Mapping[str, Any], name: str = "") -> list[tuple[str, str]]:
@@ -84,10 +80,6 @@ def _flat(value: Mapping[str, Any], name: str = "") -> list[tuple[str, str]]:
         elif isinstance(item, (int, str)):
             rows.append((path, str(item)))
     return rows
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _read(path: Path) -> dict[str, Any]:

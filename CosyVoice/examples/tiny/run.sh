@@ -46,6 +46,8 @@ MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
 MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
 MAX_EPOCH="${MAX_EPOCH:-}"                     # passes over the corpus in stage 6; empty takes the configuration's
 MAX_STEPS="${MAX_STEPS:-}"                     # at most so many steps in stage 6; empty sets no limit
+EVALUATED="${EVALUATED:-}"                     # test utterances measured in stage 9; empty takes all
+REAL_MANIFEST="${REAL_MANIFEST:-}"             # .jsonl of recordings of people, measured in stage 9 too; empty takes none
 AVERAGE_NUM="${AVERAGE_NUM:-5}"                # epochs with the lowest loss, whose weights are averaged
 DTYPE="${DTYPE:-fp32}"                         # of training in stage 6: fp32, bf16, fp16
 DEVICE="${DEVICE:-auto}"                       # of stages 1, 4 and 6: auto, cpu, cuda
@@ -138,7 +140,7 @@ train_model() {
     needs 6 "$EXP/$1/metrics.jsonl"
     gives "$EXP/$1/$1.pt"
     step "stage6-$1-average" "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/$1/$1.pt" \
-        --src_path "$EXP/$1" --num "$AVERAGE_NUM" --val_best
+        --src_path "$EXP/$1" --num "$(at_most_epochs "$EXP/$1" "$AVERAGE_NUM")" --val_best
 }
 
 train_whisper() {
@@ -164,9 +166,25 @@ assemble() {
 }
 
 evaluate() {
-    needs 4 "$CORPUS/test/utt2speech_token.pt"
+    local report="$WORK_DIR/evaluation"
+    local -a flags=(--overwrite) # what is there of an earlier model is measured again
+    [[ -z "$EVALUATED" ]] || flags+=(--limit "$EVALUATED")
+    needs 0 "$CORPUS/test/wav.scp"
+    needs 3 "$CORPUS/test/spk2embedding.pt"
     needs 8 "$OUTPUT/llm.pt" "$OUTPUT/flow.pt" "$OUTPUT/hift.pt"
-    step stage9 "$PYTHON" "$HERE/evaluate.py" --work-dir "$WORK_DIR" --model-dir "$OUTPUT"
+    gives "$report/test/report.md"
+    clears "$report/test"
+    step stage9-test "$PYTHON" "$HERE/evaluate.py" --model-dir "$OUTPUT" --data-dir "$CORPUS/test" \
+        --output "$report/test" "${flags[@]}"
+    if [[ -n "$REAL_MANIFEST" ]]; then
+        needs "write it, or leave --real-manifest away" "$REAL_MANIFEST"
+        needs 8 "$OUTPUT/llm.pt" "$OUTPUT/flow.pt" "$OUTPUT/hift.pt"
+        gives "$report/real/report.md"
+        clears "$report/real"
+        step stage9-real "$PYTHON" "$HERE/evaluate.py" --model-dir "$OUTPUT" --manifest "$REAL_MANIFEST" \
+            --output "$report/real" "${flags[@]}"
+    fi
+    needs 9 "$report/test/report.md"
     step stage9-readme "$PYTHON" "$HERE/assemble.py" --readme-only \
         --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
 }

@@ -173,7 +173,7 @@ average_model() {
     needs 5 "$EXP/$1/metrics.jsonl"
     gives "$EXP/$1/$1.pt"
     step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/$1/$1.pt" \
-        --src_path "$EXP/$1" --num "$AVERAGE_NUM" --val_best
+        --src_path "$EXP/$1" --num "$(at_most_epochs "$EXP/$1" "$AVERAGE_NUM")" --val_best
 }
 
 # collect_model MODEL...: put what was trained, and of MODEL_DIR what was not, into one folder.
