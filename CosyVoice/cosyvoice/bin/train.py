@@ -63,7 +63,7 @@ CV_DATA = None  # str: list of Parquet shards to check with
 MODEL_DIR = None  # str: folder to write
 TENSORBOARD_DIR = None  # str: folder for TensorBoard; none: no such files
 CHECKPOINT = None  # str: .pt file with weights to start from; none: at random
-DTYPE = "fp32"  # fp32, bf16 or fp16: of the matrix products; weights and loss stay fp32
+DTYPE = "fp32"  # fp32, bf16 or fp16: of the matrix products, but for flow and HiFT; weights and loss stay fp32
 MAX_EPOCH = None  # int: passes over the data; none: the configuration's
 MAX_STEPS = None  # int: steps of the whole training; none: as many as the epochs have
 MAX_MINUTES = None  # float: of this run, which then saves and ends well; none: no limit
@@ -127,6 +127,10 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
     config = resolved_config(conf, settings.to_dict())
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
+    if settings.model == "hifigan" and config.dtype != "fp32" and pick_device(settings.device).type == "cpu":
+        raise ValueError(
+            f"--dtype {config.dtype}: the discriminators take minutes a step so on a CPU; use --dtype fp32"
+        )
     accelerator = start_processes(settings)
     # float32 parts of a 16-bit training (the whole flow, HiFT) may round their products' inputs on a GPU
     torch.backends.cuda.matmul.allow_tf32 = config.dtype != "fp32"

@@ -1,0 +1,262 @@
+"""Training CosyVoice's parts through the real entry point, on made-up batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_training
+import torch
+from small_training import TRAIN_BATCHES, training_flags, use_made_up_data, write_config
+
+from cosyvoice.bin import train
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.model_dir import load_state
+
+MODELS = ("llm", "flow", "hifigan")
+
+
+@pytest.fixture(autouse=True)
+def made_up_data():
+    earlier = use_made_up_data()
+    yield
+    train.open_data = earlier
+
+
+def run(folder: Path, model: str, *flags: str, config: Path | None = None) -> int:
+    return train.main(training_flags(folder, model, *flags, config=config))
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    state = torch.load(folder / "last" / "state.pt", weights_only=True)
+    state.pop("notes")  # says how long it took
+    return state
+
+
+def assert_same(one: Any, other: Any, place: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_same(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{place}.{number}")
+    else:
+        assert one == other, place
+
+
+def losses(folder: Path, tag: str) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if entry["tag"] == tag]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_five_and_five_steps_are_ten_bit_for_bit(tmp_path: Path, model: str) -> None:
+    # 6 batches an epoch: the second half begins in one epoch and ends in the next
+    flags = ["--ema_decay", "0.9", "--adversarial_from", "2"]
+    assert run(tmp_path / "whole", model, "--max_steps", "10", *flags) == 0
+    assert run(tmp_path / "parts", model, "--max_steps", "5", *flags) == 0
+    assert run(tmp_path / "parts", model, "--max_steps", "10", *flags) == 0
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert len(whole["optimizers"]) == (2 if model == "hifigan" else 1)
+    assert_same(whole, parts)
+
+
+def test_resume_repeats_accumulated_gradients_and_float16_scales(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "accumulating.yaml", {"    accum_grad: 1\n": "    accum_grad: 2\n"})
+    flags = ["--dtype", "fp16"]
+    assert run(tmp_path / "whole", "llm", "--max_steps", "4", *flags, config=config) == 0
+    for steps in ("1", "4"):
+        assert run(tmp_path / "parts", "llm", "--max_steps", steps, *flags, config=config) == 0
+    assert state_of(tmp_path / "whole")["scalers"][0]["scale"] > 0
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_a_state_from_other_random_numbers_differs(tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        assert run(tmp_path / seed, "flow", "--max_steps", "1", "--seed", seed) == 0
+    with pytest.raises(AssertionError):
+        assert_same(state_of(tmp_path / "1"), state_of(tmp_path / "2"))
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("llm", "fp32"), ("llm", "bf16"), ("flow", "fp32"), ("hifigan", "fp32")])
+def test_loss_falls(tmp_path: Path, model: str, dtype: str) -> None:
+    assert run(tmp_path / model, model, "--max_epoch", "4", "--dtype", dtype, "--adversarial_from", "99") == 0
+    checked = losses(tmp_path / model, "CV")
+    assert len(checked) == 4
+    assert checked[-1] < checked[0]
+
+
+def test_what_a_training_writes(tmp_path: Path) -> None:
+    folder, flags = tmp_path / "llm", ["--tensorboard_dir", str(tmp_path / "tb"), "--ema_decay", "0.5"]
+    assert run(folder, "llm", "--max_epoch", "2", *flags) == 0
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"init.pt", "epoch_0.pt", "epoch_1.pt", "epoch_1_ema.pt", "epoch_1.yaml", "loss_curve.png"}
+    assert list((tmp_path / "tb").glob("events*"))
+    assert (folder / "loss_curve.png").stat().st_size > 5000
+    model = load_config(tmp_path / "cosyvoice.yaml", ["llm"])["llm"]
+    load_state(model, torch.load(folder / "epoch_1.pt", weights_only=True), "epoch_1.pt")
+    notes = json.loads((folder / "last" / "state.json").read_text())
+    assert notes["progress"]["complete"]
+    assert notes["progress"]["step"] == 2 * TRAIN_BATCHES
+
+
+def test_a_complete_training_is_left_alone(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 0
+    before = state_of(tmp_path / "llm")
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 0
+    assert "complete: 2 steps are done" in capsys.readouterr().out
+    assert_same(before, state_of(tmp_path / "llm"))
+
+
+def test_a_run_ends_after_its_minutes_and_goes_on(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_epoch", "1", "--max_minutes", "1e-9") == 0
+    assert "not complete" in capsys.readouterr().out
+    assert run(tmp_path / "llm", "llm", "--max_epoch", "1") == 0
+    assert (tmp_path / "llm" / "epoch_0.pt").exists()
+
+
+def test_a_training_that_ends_by_the_clock_lowers_its_learning_rate_by_it(tmp_path: Path) -> None:
+    changes = {"    scheduler: warmuplr\n    scheduler_conf:": "    scheduler: warmupcosine\n    scheduler_conf:"}
+    config = write_config(tmp_path / "cosine.yaml", changes)
+    assert run(tmp_path / "llm", "llm", "--total_minutes", "0.02", config=config) == 0
+    entries = [json.loads(line) for line in (tmp_path / "llm" / "metrics.jsonl").read_text().splitlines()]
+    rates = [entry["lr"] for entry in entries if "lr" in entry]
+    assert max(rates) > 0.005
+    assert rates[-1] < 0.25 * max(rates)
+
+
+def test_nan_stops_with_step_and_utterances_and_keeps_the_last_state(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(train, "open_data", train.open_data)
+    assert run(tmp_path / "llm", "llm", "--max_steps", "3") == 0
+    before = state_of(tmp_path / "llm")
+    use_made_up_data(spoiled=4)
+    assert run(tmp_path / "llm", "llm", "--max_steps", "10") == 1
+    message = capsys.readouterr().err
+    assert "step 5: the loss is nan" in message
+    assert "utt-4-0, utt-4-1" in message
+    assert_same(before, state_of(tmp_path / "llm"))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_its_keys(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_steps", "1") == 0
+    changes = {"text_token_size: 51866": "text_token_size: 61"}
+    changed = write_config(tmp_path / "other.yaml", changes)
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2", config=changed) == 1
+    assert "llm.text_token_size was 60, is 61" in capsys.readouterr().err
+
+
+def test_another_order_of_the_data_is_refused_within_an_epoch_only(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 0
+    assert run(tmp_path / "llm", "llm", "--max_steps", "3", "--seed", "5") == 1
+    assert "seed was 1986, is 5" in capsys.readouterr().err
+    assert run(tmp_path / "llm", "llm", "--max_epoch", "1") == 0
+    assert run(tmp_path / "llm", "llm", "--max_epoch", "2", "--seed", "5") == 0
+
+
+def test_initial_weights_are_loaded_strictly_and_from_half_precision(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "first", "flow", "--max_steps", "1") == 0
+    weights = torch.load(tmp_path / "first" / "epoch_0.pt", weights_only=True)
+    torch.save({name: value.half() for name, value in weights.items()}, tmp_path / "half.pt")
+    assert run(tmp_path / "second", "flow", "--max_steps", "1", "--checkpoint", str(tmp_path / "half.pt")) == 0
+    taken = torch.load(tmp_path / "second" / "init.pt", weights_only=True)
+    assert_same({name: value.half().float() for name, value in weights.items()}, taken)
+
+    name = next(iter(weights))
+    weights["other"] = weights.pop(name)
+    torch.save(weights, tmp_path / "wrong.pt")
+    assert run(tmp_path / "third", "flow", "--max_steps", "1", "--checkpoint", str(tmp_path / "wrong.pt")) == 1
+    message = capsys.readouterr().err
+    assert f"1 missing: {name}" in message
+    assert "1 unexpected: other" in message
+
+
+def test_a_vocoder_alone_starts_a_gan(tmp_path: Path) -> None:
+    assert run(tmp_path / "first", "hifigan", "--max_steps", "1") == 0
+    weights = torch.load(tmp_path / "first" / "epoch_0.pt", weights_only=True)
+    generator = {name[10:]: value for name, value in weights.items() if name.startswith("generator.")}
+    torch.save(generator, tmp_path / "hift.pt")
+    assert run(tmp_path / "second", "hifigan", "--max_steps", "1", "--checkpoint", str(tmp_path / "hift.pt")) == 0
+    taken = torch.load(tmp_path / "second" / "init.pt", weights_only=True)
+    assert_same(generator, {name[10:]: value for name, value in taken.items() if name.startswith("generator.")})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "hift"], "--model is 'hift', wanted one of llm, flow, hifigan"),
+        (["--train_data", "/nowhere/data.list"], "there is no such file"),
+        (["--checkpoint", "/nowhere/llm.pt"], "there is no such file"),
+        (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--max_steps", "0"], "max_steps is 0"),
+        (["--prefetch", "0", "--ema_decay", "1"], "--prefetch is 0, wanted 1 or more; --ema_decay is 1.0"),
+    ],
+)
+def test_wrong_flags_are_named(tmp_path: Path, capsys, flags: list[str], message: str) -> None:
+    assert run(tmp_path / "llm", "llm", *flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_data_list_is_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.list").write_text("\n")
+    assert run(tmp_path / "llm", "llm", "--cv_data", str(tmp_path / "empty.list")) == 1
+    assert "empty.list is empty" in capsys.readouterr().err
+
+
+def test_data_without_a_batch_is_an_error(tmp_path: Path, capsys) -> None:
+    use_made_up_data(batches=0)
+    assert run(tmp_path / "llm", "llm") == 1
+    assert "the training data gives no batch" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_named(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_steps", "1") == 0
+    path = tmp_path / "llm" / "last" / "state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 1
+    assert "state.pt is damaged" in capsys.readouterr().err
+
+
+def command(folder: Path, model: str, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, small_training.__file__, *training_flags(folder, model, *flags)]
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "CosyVoice")))}
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = command(tmp_path / "llm", "llm", "--max_epoch", "1000")
+    with subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        for line in running.stdout:
+            if line.startswith("TRAIN epoch 1"):
+                break
+        running.send_signal(signal.SIGTERM)
+        _, message = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "stopped after step" in message
+    step = json.loads((tmp_path / "llm" / "last" / "state.json").read_text())["progress"]["step"]
+    assert run(tmp_path / "llm", "llm", "--max_steps", str(step + 1)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llm", "hifigan"])
+def test_two_processes_train_and_resume_bit_for_bit(tmp_path: Path, model: str) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for folder, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+        words = command(tmp_path / folder, model, "--max_steps", steps, launcher=launcher)
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=170)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(state_of(tmp_path / "whole")["random"]) == 2
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
