@@ -13,11 +13,9 @@ stop, and shards that are whole and made from the same input are kept. Exit code
 
 import hashlib
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +33,7 @@ from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 
 NUM_UTTS_PER_PARQUET = 1000  # utterances a shard
-NUM_PROCESSES = 1  # shards written at once
+NUM_PROCESSES = 1  # shards written at once (threads: copying and packing bytes needs no Python)
 SRC_DIR = None  # str: folder with wav.scp and what stages 1 and 2 added
 DES_DIR = None  # str: folder for the shards
 SKIP_INCOMPLETE = False  # leave utterances without text, speaker, embedding, tokens or recording out; else they stop us
@@ -248,40 +246,32 @@ def is_good_shard(path: Path, fingerprint: str) -> bool:
     return True
 
 
-def write_all(shards: Sequence[Shard], processes: int, stop: StopRequest) -> int:
+def write_all(shards: Sequence[Shard], at_once: int, stop: StopRequest) -> int:
     """Write shards, several at once, until done or asked to stop.
 
     Args:
         shards: what to write.
-        processes: how many at once; 1 works in this process.
-        stop: asked between shards.
+        at_once: how many.
+        stop: asked before each shard.
 
     Returns:
         how many were written; the others were good.
+
+    Raises:
+        OSError: see `write_shard`; the shards in work are finished first.
     """
     written = 0
-    with tqdm(total=len(shards), desc="shards", unit="shard", disable=None) as bar:
-        if processes == 1:
-            for shard in shards:
-                if stop.requested:
-                    break
-                written += write_shard(shard)
-                bar.update()
-            return written
-        # Ctrl-C reaches the whole process group: the workers leave it to this process
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        with pool:
-            waiting: set[Future[bool]] = set()
-            left = iter(shards)
-            while True:
-                while len(waiting) < processes and not stop.requested and (shard := next(left, None)):
-                    waiting.add(pool.submit(write_shard, shard))
-                if not waiting:
-                    return written
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                written += sum(future.result() for future in done)
-                bar.update(len(done))
-    return written
+    left = iter(shards)
+    waiting: set[Future[bool]] = set()
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(shards), desc="shards", unit="shard", disable=None) as bar:
+        while True:
+            while len(waiting) < at_once and not stop.requested and (shard := next(left, None)):
+                waiting.add(pool.submit(write_shard, shard))
+            if not waiting:
+                return written
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            written += sum(future.result() for future in done)
+            bar.update(len(done))
 
 
 def run(settings: Settings) -> int:
