@@ -89,14 +89,28 @@ class TokenizerTeacher(nn.Module):
         if quantize:
             quantized, codes, commitment = self.quantizer(rows[None])
             rows, codes = quantized[0], codes[0]
+        characters, phones = self.read(rows, valid)
+        return Recognised(characters, phones, unit_lengths, commitment.squeeze(), codes)
+
+    def read(self, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Recognise the text from what the quantizer lets through.
+
+        Args:
+            rows: the code of each unit, rows of the batch joined, [N, D].
+            valid: where the batch has units, [B, S], N of them true.
+
+        Returns:
+            logits of the characters [B, S, 1 + characters] and of the phones [N, phones], float32.
+        """
         rows = rows * self.code_scale
-        hidden = torch.zeros_like(directions).masked_scatter(valid[..., None], self.after_codes(rows).float())
+        hidden = rows.new_zeros(*valid.shape, rows.shape[1], dtype=torch.float32)
+        hidden = hidden.masked_scatter(valid[..., None], self.after_codes(rows).float())
         hidden = hidden + self.positions[: hidden.shape[1]]
         bias = mask_to_bias(valid[:, None], hidden.dtype)[:, None]
         for block in self.blocks:
             hidden = block(hidden, mask=bias)
         logits = self.character_head(self.final_norm(hidden))
-        return Recognised(logits.float(), self.phone_head(rows).float(), unit_lengths, commitment.squeeze(), codes)
+        return logits.float(), self.phone_head(rows).float()
 
     @torch.no_grad()
     def place_codes(self, codebook: Tensor) -> None:
@@ -105,6 +119,11 @@ class TokenizerTeacher(nn.Module):
         state.embed.copy_(codebook[None])
         state.embed_avg.copy_(codebook[None])
         state.cluster_size.fill_(1.0)
+
+    def reader_parameters(self) -> list[nn.Parameter]:
+        """What comes after the codes: learns on when the tokenizer is finished."""
+        parts = (self.after_codes, self.blocks, self.final_norm, self.character_head, self.phone_head)
+        return [parameter for part in parts for parameter in part.parameters()]
 
     @property
     def codebook(self) -> Tensor:

@@ -5,6 +5,8 @@
 In: `<work-dir>/corpus/{train,dev,test}`. Out, in `<work-dir>/s3_tokenizer/`: speech_tokenizer_v1.onnx, metrics.json
 (character error after quantization, codes in use), loss_curve.png and last.pt, where a stopped run goes on.
 The first epochs train the encoder without the quantizer; then k-means places the codes and the rest learns with them.
+The tokenizer is then finished and written. The recogniser behind it learns on alone, from the codes: the character
+error is to say what the codes hold, not how little a recogniser learned in the same time.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file_
 
 from corpus_reader import Spoken, character_classes, phone_classes, read_split, spell  # noqa: E402
 from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
-from s3_tokenizer_training import TokenizerTeacher, read_characters, recogniser_loss  # noqa: E402
+from s3_tokenizer_training import Recognised, TokenizerTeacher, read_characters, recogniser_loss  # noqa: E402
 from s3tokenizer.model import ModelConfig  # noqa: E402
 from seeded_encoders import fit_codebook  # noqa: E402
 
@@ -53,6 +55,9 @@ GRADIENT_NORM = 1.0
 MASKED_BINS = 24  # SpecAugment: at most so many mel bins ...
 MASKED_FRAMES = 20  # ... and so many frames, 10 ms each, per mask
 TIME_MASKS = 2
+HIDDEN_UNITS = 10  # longest stretch of codes hidden from the recogniser that learns alone ...
+HIDDEN_SHARE = 0.15  # ... and their share of an utterance
+READER_LR = 2e-3
 SETTINGS_THAT_MUST_MATCH = ("width", "layers", "recogniser_layers", "codes", "epochs", "open_epochs", "lr", "seed")
 
 
@@ -118,6 +123,16 @@ def mask_spectrum(mels: Tensor, lengths: Tensor, draw: random.Random) -> Tensor:
             first = draw.randint(0, length - width)
             row[:, first : first + width] = fill
     return mels
+
+
+def hide_units(rows: Tensor, draw: random.Random) -> Tensor:
+    """Silence a few stretches of an utterance's codes [S, D]."""
+    rows = rows.clone()
+    for _ in range(round(HIDDEN_SHARE * len(rows) / (HIDDEN_UNITS / 2))):
+        width = min(draw.randint(1, HIDDEN_UNITS), len(rows))
+        first = draw.randint(0, len(rows) - width)
+        rows[first : first + width] = 0.0
+    return rows
 
 
 class Run:
@@ -273,6 +288,56 @@ class Run:
             result["code_perplexity"] = float((-(share * share.log()).sum()).exp())
         return result
 
+    def train_reader(self, examples: list[Example]) -> None:
+        """Let the recogniser learn on from the finished tokenizer's codes; nothing of the tokenizer changes."""
+        args = self.args
+        path = self.folder / "reader.pt"
+        if path.is_file():
+            self.model.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+            return
+        codes = self.tokenize(examples)
+        parameters = self.model.reader_parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=READER_LR, betas=(0.9, 0.98), weight_decay=0.01)
+        total = args.reader_epochs * len(plan_batches(examples, args.reader_frames_per_batch, args.seed, 0))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, max(2, round(1.05 * total)), pct_start=0.1)
+        codebook = self.model.codebook.detach()
+        self.model.train()
+        for epoch in range(args.reader_epochs):
+            batches = plan_batches(examples, args.reader_frames_per_batch, args.seed, args.epochs + epoch)
+            bar = tqdm(batches, desc=f"recogniser {epoch + 1}/{args.reader_epochs}", unit="batch", mininterval=5)
+            draw = random.Random(f"hide/{args.seed}/{epoch}")
+            for batch in bar:
+                rows = torch.cat([hide_units(codebook[codes[example.utt_id]], draw) for example in batch])
+                lengths = torch.tensor([len(codes[example.utt_id]) for example in batch])
+                valid = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+                characters = torch.cat([example.characters for example in batch])
+                character_lengths = torch.tensor([len(example.characters) for example in batch])
+                phones = torch.cat([example.phones for example in batch])
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                    character_logits, phone_logits = self.model.read(rows, valid.to(args.device))
+                out = Recognised(character_logits, phone_logits, lengths, rows.new_zeros(()), None)
+                loss, parts = recogniser_loss(out, characters, character_lengths, phones, 0.0)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(ctc=f"{parts['ctc']:.2f}")
+        with atomic_path(path) as unfinished:
+            torch.save(self.model.state_dict(), unfinished)
+
+    @torch.no_grad()
+    def tokenize(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Give each utterance its codes, [S]."""
+        self.model.eval()
+        codes = {}
+        for batch in plan_batches(examples, self.args.frames_per_batch, self.args.seed, 0):
+            mels, lengths, *_ = collate(batch)
+            directions, unit_lengths = self.model.directions(mels.to(self.args.device), lengths.to(self.args.device))
+            for example, row, length in zip(batch, directions, unit_lengths.tolist(), strict=True):
+                codes[example.utt_id] = torch.cdist(row[:length], self.model.codebook).argmin(dim=1)
+        return codes
+
     def export(self) -> Path:
         """Write the encoder and the codebook as the released file's graph.
 
@@ -320,7 +385,7 @@ def train(args: argparse.Namespace) -> int:
     splits = {split: read_split(corpus, split) for split in ("train", "dev", "test")}
     run = Run(args)
     run.resume()
-    if run.epoch < args.epochs:
+    if not (run.folder / "metrics.json").is_file():
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
     with StopRequest() as stop:
@@ -341,8 +406,13 @@ def train(args: argparse.Namespace) -> int:
                 print("stopped; the same command goes on from here")
                 return stop.exit_code
     path = run.export()
+    print(f"{path} is written; the recogniser learns on from its codes", flush=True)
+    before = run.evaluate(dev_set, quantize=True)
+    if args.reader_epochs:
+        run.train_reader(train_set)
     wrong, tokens = count_disagreements(path, splits["test"])
     metrics = {
+        "dev_before_the_recogniser_learned_alone": before,
         "test": run.evaluate(load_examples(splits["test"], "log-mels, test"), quantize=True),
         "tokens_compared": tokens,
         "tokens_differing": wrong,
@@ -371,6 +441,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--codebook-decay", type=float, default=0.99, help="of the codebook's moving averages")
     parser.add_argument("--epochs", type=int, default=16, help="passes over the training set")
     parser.add_argument("--open-epochs", type=int, default=7, help="of them, at the start, without the quantizer")
+    parser.add_argument("--reader-epochs", type=int, default=16, help="passes of the recogniser alone, from the codes")
+    parser.add_argument("--reader-frames-per-batch", type=int, default=8_000, help="the same for those passes")
     parser.add_argument("--frames-per-batch", type=int, default=8_000, help="mel frames, 10 ms each, padding included")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--warm-up-steps", type=int, default=200, help="steps until it is reached")
