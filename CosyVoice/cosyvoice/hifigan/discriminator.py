@@ -34,7 +34,7 @@ class Judgements(NamedTuple):
     generated_maps: list[list[Tensor]]
 
 
-class WeightNormConv2d(nn.Conv2d):
+class WeightNormConv2d(nn.Module):
     """A weight-normed convolution under the older parameter names `weight_g` and `weight_v`.
 
     The published period discriminator has these names, its spectral neighbour the names of
@@ -56,20 +56,19 @@ class WeightNormConv2d(nn.Conv2d):
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        weight = self.weight.detach()
-        del self.weight
+        super().__init__()
+        plain = nn.Conv2d(in_channels, out_channels, kernel_size)
+        weight = plain.weight.detach()
+        self.stride = stride
+        self.padding = padding
+        self.bias = plain.bias
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True))
         self.weight_v = nn.Parameter(weight)
 
     @property
-    def direction_and_size(self) -> Tensor:
+    def weight(self) -> Tensor:
         """The weight that convolves, [out, in, rows, columns]."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve [B, in, rows, columns]."""
-        return self._conv_forward(input, self.direction_and_size, self.bias)
 
 
 class DiscriminatorP(nn.Module):
@@ -95,12 +94,13 @@ class DiscriminatorP(nn.Module):
     def forward(self, x: Tensor) -> Judgement:
         """Judge waveforms [B, 1, N]; an end that fills no row is continued by its mirror image."""
         mirrored = F.pad(x, (0, -x.size(2) % self.period), mode="reflect")
-        hidden = mirrored.unflatten(2, (-1, self.period))
+        # Rows and columns are exchanged while computing: a CPU convolves along the last axis, and a row is short.
+        hidden = mirrored.unflatten(2, (-1, self.period)).transpose(2, 3)
         maps = []
         for conv in self.convs:
-            hidden = F.leaky_relu(conv(hidden), LRELU_SLOPE)
-            maps.append(hidden)
-        scores = self.conv_post(hidden)
+            hidden = F.leaky_relu(_convolve(hidden, conv, exchanged=True), LRELU_SLOPE)
+            maps.append(hidden.transpose(2, 3))
+        scores = _convolve(hidden, self.conv_post, exchanged=True).transpose(2, 3)
         return Judgement(scores.flatten(1).float(), [*maps, scores])
 
 
@@ -165,9 +165,9 @@ class SpecDiscriminator(nn.Module):
         hidden = self._amplitudes(y).unsqueeze(1)
         maps = []
         for conv in self.discriminators:
-            hidden = F.leaky_relu(conv(hidden), LRELU_SLOPE)
+            hidden = F.leaky_relu(_convolve(hidden, conv), LRELU_SLOPE)
             maps.append(hidden)
-        scores = self.out(hidden)
+        scores = _convolve(hidden, self.out)
         return Judgement(scores.flatten(1).float(), [*maps, scores])
 
     def _amplitudes(self, y: Tensor) -> Tensor:
@@ -230,6 +230,22 @@ class MultipleDiscriminator(nn.Module):
         by_period: Judgements = self.mpd(y.unsqueeze(1), y_hat.unsqueeze(1))
         by_resolution: Judgements = self.mrd(y, y_hat)
         return Judgements(*(first + second for first, second in zip(by_period, by_resolution, strict=True)))
+
+
+def _convolve(x: Tensor, conv: nn.Module, exchanged: bool = False) -> Tensor:
+    """Convolve [B, C, rows, columns] with the channels innermost in memory.
+
+    That layout changes no value, and is two to six times faster on a CPU for maps of few channels.
+
+    Args:
+        x: any layout.
+        conv: has weight, bias, stride and padding.
+        exchanged: `x` has its columns before its rows.
+    """
+    weight, stride, padding = conv.weight, conv.stride, conv.padding
+    if exchanged:
+        weight, stride, padding = weight.transpose(2, 3), stride[::-1], padding[::-1]
+    return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), conv.bias, stride, padding)
 
 
 def _judge(discriminators: nn.ModuleList, y: Tensor, y_hat: Tensor) -> Judgements:

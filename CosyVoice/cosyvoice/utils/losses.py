@@ -89,7 +89,7 @@ def tpr_loss(disc_real_outputs: Sequence[Tensor], disc_generated_outputs: Sequen
 def mel_loss(
     real_speech: Tensor, generated_speech: Tensor, mel_transforms: Sequence[Callable[[Tensor], Tensor]]
 ) -> Tensor:
-    """Sum over mel transforms the mean distance between two waveforms' log mels.
+    """Sum over mel transforms the mean distance between two waveforms' log mels, whatever autocast says in float32.
 
     Args:
         real_speech: [B, N], float32.
@@ -101,4 +101,5 @@ def mel_loss(
 
     Source: FunAudioLLM/CosyVoice cosyvoice/utils/losses.py @ ace7c47, mel_loss.
     """
-    return torch.stack([F.l1_loss(mel(generated_speech), mel(real_speech)) for mel in mel_transforms]).sum()
+    with torch.autocast(device_type=real_speech.device.type, enabled=False):
+        return torch.stack([F.l1_loss(mel(generated_speech), mel(real_speech)) for mel in mel_transforms]).sum()
