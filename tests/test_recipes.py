@@ -1,0 +1,412 @@
+"""The recipes: flags, marks, missing input, interruption, download, lists of LibriTTS, the assembled model."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from taste.manifest import read_manifest
+from taste.recordings import read_table
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = REPOSITORY / "CosyVoice" / "examples"
+LIBRITTS = EXAMPLES / "libritts" / "cosyvoice"
+TINY = EXAMPLES / "tiny"
+DEADLINE_SECONDS = 120
+SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPOSITORY / "taste" / "settings.sh"])
+
+SMALL_RECIPE = """#!/usr/bin/env bash
+# A recipe of three steps.
+set -euo pipefail
+source "{repository}/taste/settings.sh"
+source "{repository}/CosyVoice/examples/recipe_lib.sh"
+
+STAGE="${{STAGE:-0}}"            # first stage
+STOP_STAGE="${{STOP_STAGE:-2}}"  # last stage
+FORCE="${{FORCE:-false}}"        # again
+WORK_DIR="${{WORK_DIR:-work}}"   # folder
+WORDS="${{WORDS:-one}}"          # what the first file says
+
+say() {{ needs 0 "$WORK_DIR/first"; gives "$WORK_DIR/$1"; step "stage2-$1" bash "$WORK_DIR/job.sh" "$WORK_DIR/$1"; }}
+
+begin_recipe "$@"
+if stage 0 "first"; then
+    gives "$WORK_DIR/first"
+    clears "$WORK_DIR/first"
+    step stage0 bash -c 'echo "$0" >>"$1"' "$WORDS" "$WORK_DIR/first"
+fi
+if stage 1 "second"; then
+    needs 0 "$WORK_DIR/first"
+    gives "$WORK_DIR/second"
+    step stage1 cp "$WORK_DIR/first" "$WORK_DIR/second"
+fi
+if stage 2 "side by side"; then together 2 say a b c; fi
+end_recipe
+"""
+
+
+def start(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        start_new_session=True,  # a process group of its own, as under a terminal
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    return process.returncode, text
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs a small recipe with these words; its side-by-side jobs write a file each."""
+    script = tmp_path / "run.sh"
+    script.write_text(SMALL_RECIPE.format(repository=REPOSITORY))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "job.sh").write_text('echo "$1" >"$1"\n')
+    return lambda *words: finish(start("bash", script, "--work-dir", tmp_path / "work", *words))
+
+
+# ---- marks
+
+
+def test_steps_are_skipped_until_their_command_or_an_input_changes(
+    recipe: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    assert recipe()[0] == 0
+    assert (tmp_path / "work" / "second").read_text() == "one\n"
+    _, text = recipe()
+    assert text.count("done before") == 2  # and three more in the logs of the jobs
+    assert (tmp_path / "work" / "log" / "say-a.log").read_text().count("done before") == 1
+
+    _, text = recipe("--words", "two", "--stop-stage", "1")  # another command, and so another input of the next step
+    assert text.count("done before") == 0
+    assert (tmp_path / "work" / "second").read_text() == "one\ntwo\n"
+
+
+def test_force_removes_the_result_and_makes_it_again(recipe: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    recipe("--stop-stage", "0")
+    recipe("--stop-stage", "0", "--force")
+    assert (tmp_path / "work" / "first").read_text() == "one\n"
+
+
+def test_a_step_whose_result_is_gone_is_done_again(recipe: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    recipe("--stop-stage", "1")
+    (tmp_path / "work" / "second").unlink()
+    assert recipe("--stop-stage", "1")[0] == 0
+    assert (tmp_path / "work" / "second").exists()
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(recipe: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, text = recipe("--stage", "1", "--words", "a b")
+    assert code == 1
+    assert f"{tmp_path}/work/first (stage 0 makes it)" in text
+    assert text.rstrip().endswith("--stage 1 --words a\\ b --stage 0")
+
+
+def test_a_failed_job_does_not_stop_the_others_but_the_recipe(
+    recipe: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "work" / "job.sh").write_text('[[ "$1" != */a ]] || { echo "no luck"; exit 7; }\necho >"$1"\n')
+    code, text = recipe()
+    assert code == 7
+    assert "a failed with exit code 7" in text and "no luck" in text
+    assert (tmp_path / "work" / "b").exists() and (tmp_path / "work" / "c").exists()
+    assert not (tmp_path / "work" / ".done" / "stage2-a.done").exists()
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_jobs_side_by_side_and_the_same_command_goes_on(
+    recipe: Callable[..., tuple[int, str]], tmp_path: Path, number: signal.Signals, expected: int
+) -> None:
+    job = (
+        "import signal, sys, time, pathlib\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "def stop(number, frame):\n"
+        "    path.with_suffix('.saved').touch()\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "path.with_suffix('.begun').touch()\n"
+        "time.sleep(100)\n"
+    )
+    work = tmp_path / "work"
+    (work / "job.py").write_text(job)
+    (work / "job.sh").write_text(f'exec "{sys.executable}" "{work}/job.py" "$1"\n')
+    process = start("bash", tmp_path / "run.sh", "--work-dir", work)
+    wait_for(lambda: (work / "a.begun").exists() and (work / "b.begun").exists(), process)
+    os.killpg(process.pid, number)
+    code, text = finish(process)
+    assert code == expected, text
+    assert (work / "a.saved").exists() and (work / "b.saved").exists()
+    assert not (work / "c.begun").exists()
+
+    (work / "job.sh").write_text('echo >"$1"\n')
+    assert recipe()[0] == 0
+    assert (work / "c").exists()
+
+
+def test_two_recipes_do_not_work_in_one_folder(recipe: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "job.sh").write_text('touch "$1.begun"; sleep 100 & wait $!\n')
+    process = start("bash", tmp_path / "run.sh", "--work-dir", work)
+    wait_for(lambda: (work / "a.begun").exists(), process)
+    code, text = recipe()
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process)
+    assert code == 1
+    assert "another run.sh works in" in text
+
+
+# ---- the two recipes' own words
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "message"),
+    [
+        (LIBRITTS, ("--no-such-flag", "1"), 2, "there is no flag --no-such-flag"),
+        (LIBRITTS, ("--stage", "two"), 2, "STAGE is 'two'"),
+        (LIBRITTS, ("--stage", "5", "--stop-stage", "4"), 2, "--stage 5 comes after --stop-stage 4"),
+        (LIBRITTS, ("--parts", "train-clean-7"), 2, "PARTS has 'train-clean-7'"),
+        (LIBRITTS, ("--models", "vocoder"), 2, "MODELS has 'vocoder'"),
+        (LIBRITTS, ("--num-processes", "0"), 2, "NUM_PROCESSES is '0'"),
+        (LIBRITTS, ("--stage", "0"), 1, "(stage -1 makes it)"),
+        (LIBRITTS, ("--stage", "3"), 1, "(stage 0 makes it)"),
+        (LIBRITTS, ("--stage", "5"), 1, "(stage 3 makes it)"),
+        (LIBRITTS, ("--stage", "6"), 1, "(stage 5 makes it)"),
+        (LIBRITTS, ("--help",), 0, "--stop-stage"),
+        (TINY, ("--jobs", "none"), 2, "JOBS is 'none'"),
+        (TINY, ("--stage", "1", "--device", "cpu"), 1, "(stage 0 makes it)"),
+        (TINY, ("--stage", "3"), 1, "(stage 2 makes it)"),
+        (TINY, ("--stage", "6"), 1, "stage6"),
+        (TINY, ("--stage", "8"), 1, "(stage 7 makes it)"),
+        (TINY, ("--help",), 0, "--minutes-flow"),
+    ],
+)
+def test_recipes_say_what_is_wrong(
+    script: Path, words: tuple[str, ...], code: int, message: str, tmp_path: Path
+) -> None:
+    folders = () if "--help" in words else ("--work-dir", tmp_path / "work")
+    if script == LIBRITTS and folders:
+        folders += ("--corpus-dir", tmp_path / "corpus", "--model-dir", tmp_path / "model")
+    got_code, text = finish(start("bash", script / "run.sh", *folders, *words))
+    if words == ("--stage", "6") and script == TINY:
+        text += (tmp_path / "work" / "log" / "train_model-llm.log").read_text()
+    assert got_code == code, text
+    assert message in text
+
+
+@pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_have_no_mistakes(path: Path) -> None:
+    try:
+        check = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed")
+    assert check.returncode == 0, check.stdout
+
+
+# ---- download
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """A server's folder with one part of LibriTTS, and its checksum beside it."""
+    wav = tmp_path / "made" / "LibriTTS" / "dev-clean" / "84" / "121123" / "84_121123_000007_000001.wav"
+    wav.parent.mkdir(parents=True)
+    wav.write_bytes(np.random.default_rng(0).bytes(50_000))
+    (tmp_path / "server").mkdir()
+    path = tmp_path / "server" / "dev-clean.tar.gz"
+    with tarfile.open(path, "w:gz") as file:
+        file.add(tmp_path / "made" / "LibriTTS", "LibriTTS")
+    (tmp_path / "sums").write_text(f"{hashlib.md5(path.read_bytes()).hexdigest()}  dev-clean.tar.gz\n")
+    return path
+
+
+def fetch(archive: Path, corpus: Path) -> tuple[int, str]:
+    words = (LIBRITTS / "local" / "download_and_untar.sh", corpus, f"file://{archive.parent}", "dev-clean")
+    return finish(start("bash", *words, MD5SUMS=str(archive.parents[1] / "sums")))
+
+
+def test_a_broken_off_download_goes_on_and_is_complete_only_when_checked(archive: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "dev-clean.tar.gz.part").write_bytes(archive.read_bytes()[:20_000])
+    code, text = fetch(archive, corpus)
+    assert code == 0, text
+    assert "byte position 20000" in text
+    unpacked = corpus / "LibriTTS" / "dev-clean"
+    assert sorted(path.name for path in unpacked.iterdir()) == [".complete", "84"]
+    assert sorted(path.name for path in corpus.iterdir()) == ["LibriTTS", "dev-clean.tar.gz"]
+    assert "is there already" in fetch(archive, corpus)[1]
+
+
+def test_a_download_with_another_checksum_is_refused_and_removed(archive: Path, tmp_path: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[:-1] + b"x")
+    code, text = fetch(archive, tmp_path / "corpus")
+    assert code == 1
+    assert "another checksum" in text
+    assert not list((tmp_path / "corpus").glob("*.gz*"))
+    assert not (tmp_path / "corpus" / "LibriTTS" / "dev-clean").exists()
+
+
+def test_a_folder_from_elsewhere_is_not_replaced(archive: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "corpus" / "LibriTTS" / "dev-clean" / "mine.wav"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    code, text = fetch(archive, tmp_path / "corpus")
+    assert code == 1 and "comes from elsewhere" in text
+    assert mine.exists()
+
+
+def test_checksums_of_all_seven_parts_are_there() -> None:
+    lines = [line.split() for line in (LIBRITTS / "local" / "md5sums.txt").read_text().splitlines()]
+    assert all(len(checksum) == 32 and int(checksum, 16) >= 0 for checksum, _ in lines)
+    defaults = next(line for line in (LIBRITTS / "run.sh").read_text().splitlines() if line.startswith("PARTS="))
+    assert all(name.removesuffix(".tar.gz") in defaults for _, name in lines) and len(lines) == 7
+
+
+# ---- LibriTTS' layout
+
+
+def test_a_manifest_laid_out_as_libritts_is_listed_with_its_texts_and_speakers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay_out = load_script(LIBRITTS / "local" / "manifest_to_libritts.py")
+    prepare = load_script(LIBRITTS / "local" / "prepare_data.py")
+    manifest = REPOSITORY / "json" / "test.jsonl"
+    assert (
+        lay_out.main(["--manifest", str(manifest), "--root", str(tmp_path), "--part", "dev-clean", "--stop", "5"]) == 0
+    )
+    part, lists = tmp_path / "LibriTTS" / "dev-clean", tmp_path / "data"
+    assert prepare.main(["--src_dir", str(part), "--des_dir", str(lists)]) == 0
+
+    utterances = read_manifest(manifest)[:5]
+    texts, speakers, wavs = (read_table(lists / name) for name in ("text", "utt2spk", "wav.scp"))
+    assert sorted(texts.values()) == sorted(utterance.text for utterance in utterances)
+    assert set(speakers.values()) == {utterance.speaker for utterance in utterances}
+    assert list(texts) == list(wavs) == list(speakers) == sorted(texts)
+    joined = {utt: speaker for speaker, utts in read_table(lists / "spk2utt").items() for utt in utts.split()}
+    assert joined == speakers
+    for utt_id, path in wavs.items():
+        original = next(item for item in utterances if utt_id.endswith(item.utt_id.replace("_", "-")))
+        assert np.array_equal(soundfile.read(path)[0], soundfile.read(original.audio_path)[0])
+
+
+def test_a_recording_without_text_is_listed_and_left_out(tmp_path: Path) -> None:
+    prepare = load_script(LIBRITTS / "local" / "prepare_data.py")
+    folder = tmp_path / "part" / "84" / "1"
+    folder.mkdir(parents=True)
+    for name in ("84_1_0", "84_1_1", "84_1_2"):
+        (folder / f"{name}.wav").touch()
+    (folder / "84_1_0.normalized.txt").write_text("Text of two\nlines.\n")
+    (folder / "84_1_1.normalized.txt").write_text("\n")
+    assert prepare.main(["--src_dir", str(tmp_path / "part"), "--des_dir", str(tmp_path / "data")]) == 3
+    assert read_table(tmp_path / "data" / "text") == {"84_1_0": "Text of two lines."}
+    unusable = [json.loads(line) for line in (tmp_path / "data" / "unusable.jsonl").read_text().splitlines()]
+    assert [Path(entry["audio_path"]).stem for entry in unusable] == ["84_1_1", "84_1_2"]
+
+
+# ---- the assembled model
+
+
+def test_speakers_are_the_voices_then_everyone(tmp_path: Path) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    (tmp_path / "utt2spk").write_text("a slt-01\nb slt-00\nc awb-00\nd awb-00\ne awb-00\n")
+    vectors = {name: [float(number)] * 192 for number, name in enumerate("abcd")}  # e failed
+    torch.save(vectors, tmp_path / "utt2embedding.pt")
+    assemble.write_speakers(tmp_path / "spk2info.pt", tmp_path)
+    speakers = torch.load(tmp_path / "spk2info.pt", weights_only=True)
+    means = {name: value["embedding"][0, 0].item() for name, value in speakers.items()}
+    assert list(means.items()) == [("slt", 0.5), ("awb", 2.5), ("awb-00", 2.5), ("slt-00", 1.0), ("slt-01", 0.0)]
+    assert {value["embedding"].shape for value in speakers.values()} == {(1, 192)}
+
+
+def test_a_model_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    (tmp_path / "llm.pt").write_bytes(bytes(1_500_000))
+    assert assemble.check_sizes(tmp_path, 2.0, 1.6) == pytest.approx(1.5)
+    for limits in ((1.0, 2.0), (2.0, 1.0)):
+        with pytest.raises(ValueError, match=r"1\.50 MB  llm\.pt"):
+            assemble.check_sizes(tmp_path, *limits)
+
+
+def test_weights_that_do_not_fit_float16_are_refused(tmp_path: Path) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    from cosyvoice.utils.config import load_config
+
+    config = TINY / "conf" / "cosyvoice.yaml"
+    weights = load_config(config, ["hift"])["hift"].state_dict()
+    torch.save({f"generator.{key}": value for key, value in weights.items()}, tmp_path / "hifigan.pt")
+    assemble.write_half(tmp_path / "hift.pt", config, "hift", tmp_path / "hifigan.pt")
+    halves = torch.load(tmp_path / "hift.pt", weights_only=True)
+    assert halves.keys() == weights.keys()
+    assert {value.dtype for value in halves.values() if value.is_floating_point()} == {torch.float16}
+
+    weights["conv_post.bias"][0] = 1e6
+    torch.save(weights, tmp_path / "hifigan.pt")
+    with pytest.raises(ValueError, match=r"conv_post\.bias"):
+        assemble.write_half(tmp_path / "hift.pt", config, "hift", tmp_path / "hifigan.pt")
+
+
+def test_assembly_without_the_stages_names_them_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    assert assemble.main(["--work-dir", str(tmp_path), "--output", str(tmp_path / "model")]) == 1
+    text = capsys.readouterr().err
+    assert all(f"(stage {number})" in text for number in (1, 2, 3, 6, 7))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    report = tmp_path / "work" / "evaluation" / "test" / "report.md"
+    report.parent.mkdir(parents=True)
+    report.write_text(
+        "# title\n\n| measure | value | wanted |\n| --- | --- | --- |\n| word error | 12 % | 15 |\n\n    command\n"
+    )
+    log = tmp_path / "work" / "exp" / "llm" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    entries = [
+        {"tag": "CV", "epoch": epoch, "step": 10 * epoch, "loss": loss} for epoch, loss in enumerate((3, 2, 2.5))
+    ]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "model").mkdir()
+    assemble.write_readme(tmp_path / "model", tmp_path / "work", "CosyVoice-tiny")
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "| word error | 12 % | 15 |" in text
+    assert "| llm | 3 | 20 | 2.0000 |" in text
+    assert "| flow | not measured yet |" in text
