@@ -316,6 +316,10 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
     metrics = json.loads((straight / "whisper" / "metrics.json").read_text())
     assert {"phone_accuracy", "text_accuracy", "looks_right", "consistency"} <= set(metrics)
 
+    start = ["--start-from", str(straight / "whisper" / "last.pt"), "--lr", "0"]
+    assert train_whisper.main([*arguments, str(write_corpus(tmp_path / "c")), *start]) == 0
+    assert (tmp_path / "c" / "whisper" / "model.safetensors").read_bytes() == files[0].read_bytes()
+
     capsys.readouterr()
     torch.save({"text_embedding.weight": torch.randn(51_866, 16)}, tmp_path / "llm.pt")
     assert train_whisper.main([*arguments, str(stopped), "--text-embedding", str(tmp_path / "llm.pt")]) == 1

@@ -44,13 +44,14 @@ from cosyvoice.utils.config import load_config  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
-from taste.provenance import digest  # noqa: E402
+from taste.provenance import digest, file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 from taste.text import tokenize  # noqa: E402
 from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder  # noqa: E402
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows
+START_FROM = None  # str: last.pt of an earlier training to start from, such as one for other text embeddings
 EPOCHS = 15  # passes over the training split
 FRAMES_PER_BATCH = 2_500  # 20 ms each
 JOINED_SHARE = 0.15  # of the rows that are several utterances one after another, so that late positions are met
@@ -147,6 +148,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     whisper = build_whisper()
     embeddings = text_embeddings(settings.text_embedding, vocabulary, settings.seed)
     teacher = FrameTeacher(_WIDTH, embeddings, len(PHONES), 4 + _BANDS)
+    if settings.start_from:
+        start_from(Path(settings.start_from), whisper, teacher)
     if not train(settings, whisper, teacher, corpora["train"].examples, folder / "last.pt", stop_requested):
         return False
     write_whisper(whisper, folder)
@@ -246,6 +249,17 @@ def build_whisper() -> WhisperForConditionalGeneration:
     return WhisperForConditionalGeneration(config)
 
 
+def start_from(path: Path, whisper: WhisperForConditionalGeneration, teacher: FrameTeacher) -> None:
+    """Put in the weights of an earlier training on the same corpus; the text embeddings stay the new ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    parts = torch.load(path, weights_only=True)["parts"]
+    whisper.model.encoder.load_state_dict(parts["encoder"])
+    teacher.load_state_dict(parts["teacher"] | {"embeddings": teacher.embeddings})
+
+
 def train(
     settings: Settings,
     whisper: WhisperForConditionalGeneration,
@@ -275,6 +289,8 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
     deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
     deciding["text_embedding"] = digest([teacher.embeddings])
+    if settings.start_from:
+        deciding["start_from"] = file_digest(settings.start_from)
     parts = {"encoder": encoder, "teacher": teacher, "optimizer": optimizer}
     lengths = [len(example.phones) for example in examples]
     for epoch in range(resume(checkpoint_path, parts, deciding), settings.epochs):
