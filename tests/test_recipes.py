@@ -1,5 +1,6 @@
 """The recipes: flags, marks, missing input, interruption, download, lists of LibriTTS, the assembled model."""
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -410,3 +411,114 @@ def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> N
     assert "| word error | 12 % | 15 |" in text
     assert "| llm | 3 | 20 | 2.0000 |" in text
     assert "| flow | not measured yet |" in text
+
+
+# ---- the words that the recipes give their tools
+
+
+class Understood(Exception):  # noqa: N818  (no error)
+    """The tool's parser took every word."""
+
+
+def words_of_recipe(run_sh: Path, tmp_path: Path, outputs: str, *words: str | Path) -> list[list[str]]:
+    """Run a recipe with an interpreter that notes its words and makes empty files; gives the words of each call."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'printf "%s\\0" "$@" >>"{tmp_path}/words" && printf "\\n\\0" >>"{tmp_path}/words"\n'
+        f'cd "{tmp_path}/work" && mkdir -p $(dirname {outputs}) && touch {outputs}\n'
+    )
+    python.chmod(0o755)
+    code, text = finish(start("bash", run_sh, "--work-dir", tmp_path / "work", "--python", python, *words))
+    assert code == 0, text
+    calls = (tmp_path / "words").read_text().split("\n\0")
+    return [call.rstrip("\0").split("\0") for call in calls if call]
+
+
+def expect_understood(calls: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each script its words; its parser must take them all."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(self: argparse.ArgumentParser, *words: object) -> None:
+        parse(self, *words)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    for script, *words in calls:
+        with pytest.raises(Understood):
+            load_script(Path(script)).main(words)
+
+
+def test_libritts_gives_its_tools_words_they_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train-clean-100", "dev-clean", "test-clean"):
+        (tmp_path / "corpus" / "LibriTTS" / part).mkdir(parents=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("campplus.onnx", "speech_tokenizer_v1.onnx", "llm.pt", "flow.pt", "hift.pt"):
+        (model / name).touch()
+    outputs = (
+        "data/{train-clean-100,dev-clean,test-clean}/{wav.scp,text,utt2spk,spk2utt,utt2embedding.pt,spk2embedding.pt,"
+        "utt2speech_token.pt,parquet/data.list,parquet/utt2data.list} exp/inference/{sft,zero_shot}/wav.scp "
+        "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{llm,flow,hifigan}/metrics.jsonl"
+    )
+    words = ("--parts", "train-clean-100 dev-clean test-clean", "--max-steps", "3", "--max-epoch", "2", "--stage", "0")
+    folders = ("--corpus-dir", tmp_path / "corpus", "--model-dir", model, "--skip-incomplete")
+    calls = words_of_recipe(LIBRITTS / "run.sh", tmp_path, outputs, *words, *folders)
+    assert [Path(call[0]).name for call in calls] == [
+        *["prepare_data.py"] * 3,
+        *["extract_embedding.py"] * 3,
+        *["extract_speech_token.py"] * 3,
+        *["make_parquet_list.py"] * 3,
+        *["inference.py"] * 2,
+        *["train.py"] * 3,
+        *["average_model.py"] * 3,
+        "export_jit.py",
+        "export_onnx.py",
+    ]
+    assert {path.name for path in (tmp_path / "work" / "exp" / "model").iterdir()} >= {"cosyvoice.yaml", "hift.pt"}
+    expect_understood(calls, monkeypatch)
+
+
+def test_libritts_starts_several_processes_through_torchrun(tmp_path: Path) -> None:
+    parts = ("train-clean-100", "dev-clean")
+    for part in parts:
+        shards = tmp_path / "work" / "data" / part / "parquet"
+        shards.mkdir(parents=True)
+        (shards / "data.list").write_text(f"{part}.tar\n")
+    words = ("--parts", " ".join(parts), "--models", "llm", "--from-scratch", "--num-processes", "4")
+    outputs = "exp/llm/metrics.jsonl"
+    (call,) = words_of_recipe(LIBRITTS / "run.sh", tmp_path, outputs, *words, "--stage", "5", "--stop-stage", "5")
+    assert call[:7] == ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc_per_node", "4"]
+    assert call[7].endswith("bin/train.py") and "--checkpoint" not in call
+    assert (tmp_path / "work" / "data" / "train.data.list").read_text() == "train-clean-100.tar\n"
+
+
+def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flite").write_text("#!/bin/sh\n")
+    (tmp_path / "flite").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    outputs = (
+        "corpus/{train,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,spk2embedding.pt,"
+        "utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx speaker_encoder/campplus.onnx "
+        "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{llm,flow,hifigan}/metrics.jsonl whisper/model.safetensors "
+        "CosyVoice-tiny/{README.md,spk2info.pt,llm.pt,flow.pt,hift.pt} evaluation/{test,real}/report.md"
+    )
+    (tmp_path / "real.jsonl").touch()
+    words = ("--device", "cpu", "--tokenizer-epochs", "2", "--open-epochs", "1", "--speaker-epochs", "1", "--jobs", "1")
+    words += ("--whisper-epochs", "1", "--evaluated", "2", "--max-epoch", "2", "--max-steps", "3")
+    manifest = ("--real-manifest", tmp_path / "real.jsonl")
+    calls = words_of_recipe(TINY / "run.sh", tmp_path, outputs, *words, *manifest)
+    assert [Path(call[0]).name for call in calls] == [
+        "make_corpus.py",
+        "train_s3_tokenizer.py",
+        "train_speaker_encoder.py",
+        *["extract_embedding.py"] * 3,
+        *["extract_speech_token.py"] * 3,
+        *["make_parquet_list.py"] * 3,
+        *["train.py", "average_model.py"] * 3,
+        "train_whisper.py",
+        "assemble.py",
+        *["evaluate.py"] * 2,
+        "assemble.py",
+    ]
+    expect_understood(calls, monkeypatch)
