@@ -47,6 +47,17 @@ def test_warmupcosine_ends_at_a_twentieth_where_the_training_ends() -> None:
     assert math.isclose(rates("warmupcosine", [9], {"total_steps": 5})[0], LR * 0.05)
 
 
+def test_warmupcosine_falls_with_the_share_of_time_where_the_clock_ends_the_training() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    scheduler = build_scheduler("warmupcosine", optimizer, {"warmup_steps": 4}, None, by_clock=True)
+    seen = []
+    for step, share in ((0, 0.0), (4, 0.0), (100, 0.5), (200, 1.0), (300, 1.2)):
+        scheduler.share_done = share
+        scheduler.set_step(step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([LR / 4, LR, LR * (0.05 + 0.95 / 2), LR * 0.05, LR * 0.05])
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

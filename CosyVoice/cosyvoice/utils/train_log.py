@@ -111,7 +111,7 @@ class TrainLog:
         Args:
             title: shown above.
         """
-        if self.active:
+        if self.active and self._entries:
             _draw(self.curve_path, self._entries, title)
 
     def close(self) -> None:
