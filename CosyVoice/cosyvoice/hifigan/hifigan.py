@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from cosyvoice.utils.losses import discriminator_loss, feature_loss, generator_loss, mel_loss, tpr_loss
 
-GENERATOR_PREFIX = "generator."  # of the vocoder's keys in a training checkpoint; hift.pt has them without it
-
 
 class HiFiGan(nn.Module):
     """A vocoder with its discriminators, trained in turns: each batch first the discriminators, then the vocoder.
@@ -112,33 +110,6 @@ class HiFiGan(nn.Module):
             parts["loss_tpr"] = tpr_loss(judged.real_scores, judged.generated_scores, self.tpr_loss_tau)
             weights["loss_tpr"] = self.tpr_loss_weight
         return {"loss": _weighted_sum(parts, weights), **parts}
-
-
-def vocoder_weights(training_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the vocoder out of a training checkpoint's weights, as hift.pt holds it.
-
-    Args:
-        training_weights: a state dict of `HiFiGan`.
-
-    Returns:
-        the state dict of its generator.
-
-    Raises:
-        ValueError: no key starts with `generator.`.
-
-    Source: FunAudioLLM/CosyVoice cosyvoice/bin/train.py @ ace7c47 saves the whole model; its file readers strip this.
-    """
-    taken = {
-        key.removeprefix(GENERATOR_PREFIX): value
-        for key, value in training_weights.items()
-        if key.startswith(GENERATOR_PREFIX)
-    }
-    if not taken:
-        raise ValueError(
-            f"no key starts with {GENERATOR_PREFIX!r} among {', '.join(list(training_weights)[:3])} ...: expected a "
-            "checkpoint of train.py --model hifigan; a hift.pt has this form already"
-        )
-    return taken
 
 
 @contextmanager
