@@ -8,7 +8,8 @@ Out:  <output>/{cosyvoice.yaml,llm.pt,flow.pt,hift.pt,campplus.onnx,speech_token
     python CosyVoice/examples/tiny/assemble.py --readme-only --output CosyVoice-tiny      (after an evaluation)
 
 Half a minute. The folder is made beside its place and checked (setup_cosyvoice.py --deep-verify) before it replaces
-what stands there. Weights are written in float16. Exit codes: 0 done, 1 error, 2 unknown flag.
+what stands there. Weights are written in float16. Exit codes: 0 done, 1 error, 2 unknown flag,
+130 stopped by Ctrl-C.
 """
 
 import os
@@ -193,6 +194,8 @@ def run(settings: Settings) -> None:
         return
     unfinished = output.with_name(f".{output.name}.writing-{os.getpid()}")
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    for leftover in output.parent.glob(f".{output.name}.writing-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True)
         build_folder(unfinished, work_dir, settings.config)
@@ -219,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what stood in the model's place is untouched", file=sys.stderr)
+        return 130
     return 0
 
 
