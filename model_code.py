@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from cosyvoice.utils.model_dir import ModelSizes, get_tokenizer, sizes
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.checkpoint import code_commit, load_checkpoint, write_json
 from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset, spread_evenly
+from taste.fitted_start import fit_new_parts
 from taste.generation import Sampling
 from taste.interrupt import StopRequest
 from taste.metrics import describe_attention
@@ -70,12 +72,14 @@ COSYVOICE_MODEL_DIR = "CosyVoice-tiny"  # model folder; CosyVoice-300M for the r
 # --- what to train ------------------------------------------------------------
 VARIANT = "simple"  # text_only: CosyVoice's own LM; simple: told by the recording through an aggregator
 INIT_FROM = None  # str: run whose weights start this one (exp/<run> or a checkpoint file); none: the model folder's
+FIT_NEW_PARTS = True  # fit the new parts to the training set before the first step; False: they begin at random
 FREEZE_LLM = False  # True: only the new parts learn; False: everything from the text encoder to the output layer
 USE_SPEAKER = True  # give the LM the speaker's vector
 NUM_EPOCHS = 20  # passes over the training set; 0: train nothing, evaluate and generate only
 BATCH_SIZE = 8  # utterances a process looks at together; 16 for 300M on a GPU with 24 GB
 ACCUMULATION_STEPS = 1  # batches that make one step of the optimizer; 4 for 300M
-LR = 3e-3  # peak learning rate; for 300M 1e-4 (FREEZE_LLM = False: 2e-5)
+LR = 3e-4  # peak learning rate of the pretrained parts, where they learn; for 300M 2e-5
+NEW_PARTS_LR = 3e-3  # peak learning rate of the new parts, which text_only has none of; for 300M 1e-4
 WARMUP_STEPS = 10  # steps until the peak; 1000 for 300M
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
@@ -99,8 +103,8 @@ LOSS_CURVE_PATH = None  # str: picture of the losses; none: loss_curve.png besid
 
 # settings that a run cannot change half-way
 _DECIDES_TRAINING = (
-    *("variant", "init_from", "freeze_llm", "use_speaker", "batch_size", "accumulation_steps", "lr", "warmup_steps"),
-    *("weight_decay", "grad_clip", "seed"),
+    *("variant", "init_from", "fit_new_parts", "freeze_llm", "use_speaker", "batch_size", "accumulation_steps", "lr"),
+    *("new_parts_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
 )
 
 
@@ -172,9 +176,14 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
         if settings.init_from and not checkpoint:
             start = start_from(model, find_start(settings.init_from, Path(settings.exp_dir)))
             say(describe_start(start))
+        fitted = None
+        if not checkpoint and settings.fit_new_parts and has_new_parts(model, start):
+            fitted = fit_new_parts(model, train_set)
+            say(describe_fit(fitted))
         if settings.num_epochs:
+            origin = {"started_from": start, "fitted": fitted}
             results = train(
-                settings, model, train_set, test_set, run_folder, accelerator, checkpoint, start, stop_requested
+                settings, model, train_set, test_set, run_folder, accelerator, checkpoint, origin, stop_requested
             )
         else:
             say(f"evaluating {checkpoint or settings.init_from or 'the model folder as it is'}")
@@ -249,7 +258,7 @@ def train(
     run_folder: Path,
     accelerator: "Accelerator",
     checkpoint_path: Path | None,
-    start: dict[str, Any] | None,
+    origin: dict[str, Any],
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any]:
     """Train, or go on training, and leave the model with its best weights.
@@ -262,7 +271,8 @@ def train(
         run_folder: where everything is written.
         accelerator: device and processes.
         checkpoint_path: to go on from; None starts anew.
-        start: what `start_from` noted about the weights that the model starts with; None for the model folder's.
+        origin: what `start_from` and `fit_new_parts` noted about the weights that the model starts with, by the names
+            `started_from` and `fitted`; None where they were not called.
         stop_requested: asked between batches.
 
     Returns:
@@ -273,15 +283,13 @@ def train(
         NonFiniteLossError: a loss is no number.
         ValueError: the checkpoint does not fit the settings.
     """
-    names = ("num_epochs", "batch_size", "lr", "warmup_steps", "weight_decay", "grad_clip", "accumulation_steps")
-    config = TrainingConfig(
-        **{name: getattr(settings, name) for name in (*names, "seed", "checkpoint_every", "num_workers")}
-    )
+    names = [field.name for field in fields(TrainingConfig)]
+    config = TrainingConfig(**{name: getattr(settings, name) for name in names})
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     notes = {
         "settings": settings.to_dict(),
         "commit": code_commit(taste.REPOSITORY),
-        "started_from": checkpoint.notes.get("started_from") if checkpoint else start,
+        **({name: checkpoint.notes.get(name) for name in origin} if checkpoint else origin),
     }
     curve_path = Path(settings.loss_curve_path or Path(__file__).with_name("loss_curve.png"))
 
@@ -309,7 +317,7 @@ def train(
     model.load_learned_state(load_checkpoint(trainer.best_path).weights)
     return {
         "checkpoint": str(trainer.best_path),
-        "started_from": notes["started_from"],
+        **{name: notes[name] for name in origin},
         "test": progress.history[progress.best_epoch]["test"],
         "best_epoch": progress.best_epoch,
         "history": progress.history,
@@ -330,7 +338,7 @@ def evaluate_only(
         model: it gets the checkpoint's weights.
         test_set: utterances to score.
         accelerator: device and processes.
-        checkpoint_path: weights; None scores the model folder's own, with new parts at random.
+        checkpoint_path: weights; None scores the model as it is.
 
     Returns:
         results for metrics.json.
@@ -440,8 +448,37 @@ def describe_start(start: dict[str, Any]) -> str:
     Returns:
         the line.
     """
-    new = f"; {', '.join(start['new_parts'])} begin at random" if start["new_parts"] else ""
+    new = f"; new: {', '.join(start['new_parts'])}" if start["new_parts"] else ""
     return f"starting from {start['checkpoint']} ({start['variant']}, epoch {start['epoch']}){new}"
+
+
+def has_new_parts(model: CosyVoiceS3Model, start: dict[str, Any] | None) -> bool:
+    """Whether there are parts that neither the model folder nor another run gave weights to.
+
+    Args:
+        model: the model.
+        start: what `start_from` noted; None where it was not called.
+
+    Returns:
+        True where `fit_new_parts` has work.
+    """
+    return model.aggregator is not None and (start is None or bool(start["new_parts"]))
+
+
+def describe_fit(fitted: dict[str, Any]) -> str:
+    """One line about how well the new parts fit before training.
+
+    Args:
+        fitted: what `fit_new_parts` noted.
+
+    Returns:
+        the line.
+    """
+    return (
+        f"new parts fitted to {fitted['utterances']} utterances: the projection gives {fitted['text_explained']:.0%} "
+        f"of what the text encoder says, {fitted['attention_on_token']:.0%} of a token's attention is where it was "
+        f"found spoken (evenly spread: {fitted['attention_on_token_evenly']:.0%})"
+    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from taste.lengths import valid_mask
 # B batch   T text tokens   S S3 units, 50 Hz   P positions before the units   D channels of the LM   V S3 codes
 
 VARIANTS = ("text_only", "simple")
+PRETRAINED_PART = "llm"  # the submodule that the model folder holds; all others are a variant's own
 SOS_ROW, TASK_ROW = 0, 1  # rows of llm_embedding
 TOP = 5  # a unit counts as found when it is among so many best ones
 

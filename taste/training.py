@@ -17,7 +17,7 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
-from taste.model import CosyVoiceS3Model
+from taste.model import PRETRAINED_PART, CosyVoiceS3Model, lies_in
 from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
 
@@ -40,7 +40,8 @@ class TrainingConfig:
 
     num_epochs: int
     batch_size: int  # utterances that a process looks at together
-    lr: float  # peak of the schedule
+    lr: float  # peak of the schedule, of the parts that the model folder holds
+    new_parts_lr: float  # the same of all others, which have everything to learn
     warmup_steps: int
     weight_decay: float
     grad_clip: float  # largest norm of the gradient
@@ -59,7 +60,7 @@ class TrainingConfig:
         ]
         problems += [
             f"{name.upper()} is {vars(self)[name]}, expected more than 0"
-            for name in ("lr", "grad_clip")
+            for name in ("lr", "new_parts_lr", "grad_clip")
             if vars(self)[name] <= 0
         ]
         if problems:
@@ -108,7 +109,7 @@ class Trainer:
         self.plan = EpochPlan(train_set.lengths, config.batch_size, config.seed)
         self.progress = Progress()
         self.model = model.to(accelerator.device)
-        optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, betas=ADAM_BETAS)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=ADAM_BETAS)
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
         self.steps_per_epoch = len(self._steps_of(0))
         if not self.steps_per_epoch:
@@ -205,9 +206,9 @@ class Trainer:
         progress, config, accelerator = self.progress, self.config, self.accelerator
         self.wrapped_model.train()
         _seed_step(config.seed, progress.step, accelerator.process_index)
-        lr = learning_rate(progress.step, config.num_epochs * self.steps_per_epoch, config)
+        share = share_of_peak(progress.step, config.num_epochs * self.steps_per_epoch, config.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = share * group["peak_lr"]
         own_totals, spoiled = self._add_up_gradients(batches)
         totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
         gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
@@ -220,7 +221,7 @@ class Trainer:
         progress.step_in_epoch += 1
         progress.epoch_totals += totals
         if accelerator.is_main_process:
-            results = {"lr": lr, "gradient_norm": gradient_norm, "targets": int(totals.target_count)}
+            results = {"lr": share * config.lr, "gradient_norm": gradient_norm, "targets": int(totals.target_count)}
             self.record.add("step", progress.step, progress.epoch + 1, totals.averages() | results)
         return totals
 
@@ -290,36 +291,58 @@ class Trainer:
         return self.plan.steps(epoch, self.config.accumulation_steps, self.accelerator.num_processes)
 
 
-def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """The learning rate of a step: a straight warm-up, then a cosine down to a small share of the peak.
+def share_of_peak(step: int, total_steps: int, warmup_steps: int) -> float:
+    """The schedule of all learning rates: a straight warm-up, then a cosine down to a small share of the peak.
 
     Args:
         step: its number, from 0.
         total_steps: steps of the whole run.
-        config: peak and warm-up.
+        warmup_steps: steps until the peak.
 
     Returns:
-        the rate.
+        what the peak is multiplied with.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.lr * (LAST_LR_SHARE + (1 - LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return LAST_LR_SHARE + (1 - LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def _parameter_groups(model: CosyVoiceS3Model, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices; none for biases, norms and embeddings, whose size means something."""
+def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Sort what learns by how it learns.
+
+    What the model folder holds is to be changed with care, what is new has everything to learn: each has its own peak
+    learning rate. Weight decay is for matrices; none for biases, norms and embeddings, whose size means something.
+
+    Args:
+        model: its parameters that ask for a gradient are taken.
+        config: the rates and the weight decay.
+
+    Returns:
+        groups as an optimizer takes them, each with its `peak_lr`; none is empty.
+
+    Raises:
+        ValueError: nothing learns.
+    """
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning:
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings
+            groups.setdefault((lies_in(name, [PRETRAINED_PART]), decays), []).append(parameter)
+    if not groups:
         raise ValueError(
             f"a frozen {model.variant!r} model has nothing to learn: set FREEZE_LLM = False, choose another VARIANT, "
             "or evaluate the model as it is with --num-epochs 0"
         )
-    decayed = [parameter for parameter in learning if parameter.dim() > 1 and id(parameter) not in embeddings]
-    chosen = {id(parameter) for parameter in decayed}
-    others = [parameter for parameter in learning if id(parameter) not in chosen]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "peak_lr": config.lr if pretrained else config.new_parts_lr,
+        }
+        for (pretrained, decays), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:

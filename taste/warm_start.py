@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from taste.checkpoint import load_checkpoint, weights_fingerprint
-from taste.model import CosyVoiceS3Model, lies_in
-
-PRETRAINED_PART = "llm"  # the submodule that the model folder holds; all others are a variant's own
+from taste.model import PRETRAINED_PART, CosyVoiceS3Model, lies_in
 
 
 def find_start(init_from: str, exp_dir: Path) -> Path:

@@ -132,10 +132,28 @@ def test_changed_settings_do_not_mix_with_an_earlier_run(work, capsys):
     before = work.weights("simple")
     assert work.run(lr=0.5) == 1
     told = capsys.readouterr().err
-    assert "LR was 0.003, is 0.5" in told and "--run-name" in told and "--resume never" in told
+    assert "LR was 0.0003, is 0.5" in told and "--run-name" in told and "--resume never" in told
     assert all(torch.equal(value, work.weights("simple")[name]) for name, value in before.items())
     assert work.run(lr=0.5, run_name="fast") == 0
     assert work.run(lr=0.01, resume="never") == 0
+
+
+def test_new_parts_are_fitted_once_and_the_run_says_so(work, capsys):
+    assert work.run(num_epochs=1) == 0
+    fitted = work.metrics()["fitted"]
+    assert fitted["utterances"] == len(LENGTHS) and 0 < fitted["text_explained"] <= 1
+    assert "new parts fitted to 10 utterances" in capsys.readouterr().out
+    assert work.run(num_epochs=2) == 0  # goes on, with the weights that it has
+    assert work.metrics()["fitted"] == fitted
+    assert "new parts fitted" not in capsys.readouterr().out
+    assert work.run(num_epochs=1, run_name="next", init_from="simple") == 0  # all parts are another run's
+    assert work.metrics("next")["fitted"] is None
+
+
+@pytest.mark.parametrize("options", [{"variant": "text_only"}, {"variant": "simple", "fit_new_parts": False}])
+def test_there_may_be_nothing_to_fit(work, options):
+    assert work.run(num_epochs=1, run_name="plain", **options) == 0
+    assert work.metrics("plain")["fitted"] is None
 
 
 def test_starting_anew_takes_the_old_checkpoints_away_first(work, monkeypatch):

@@ -14,11 +14,19 @@ from taste.data import UtteranceDataset
 from taste.model import CosyVoiceS3Model
 from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate
-from taste.training import NonFiniteLossError, RunStopped, Trainer, TrainingConfig, learning_rate
+from taste.training import NonFiniteLossError, RunStopped, Trainer, TrainingConfig, parameter_groups, share_of_peak
 from tests.small_stage3 import random_examples, small_dataset, small_model
 
 CONFIG = TrainingConfig(
-    num_epochs=2, batch_size=2, lr=1e-3, warmup_steps=2, weight_decay=0.01, grad_clip=1.0, accumulation_steps=1, seed=0
+    num_epochs=2,
+    batch_size=2,
+    lr=1e-3,
+    new_parts_lr=1e-3,
+    warmup_steps=2,
+    weight_decay=0.01,
+    grad_clip=1.0,
+    accumulation_steps=1,
+    seed=0,
 )
 LENGTHS = [(2 + number % 4, 5 + 3 * (number % 5)) for number in range(10)]  # 5 steps an epoch
 
@@ -215,13 +223,25 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path, sets):
 
 
 def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
-    config = dataclasses.replace(CONFIG, lr=1.0, warmup_steps=4)
-    rates = [learning_rate(step, 104, config) for step in range(105)]
+    rates = [share_of_peak(step, 104, warmup_steps=4) for step in range(105)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[54] == pytest.approx((1 + 0.05) / 2)
     assert rates[104] == pytest.approx(0.05)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+
+
+def test_pretrained_and_new_parts_have_learning_rates_of_their_own():
+    config = dataclasses.replace(CONFIG, lr=1e-4, new_parts_lr=1e-2)
+    model = small_model()
+    groups = parameter_groups(model, config)
+    peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(peaks) == len(learning) == sum(len(group["params"]) for group in groups)
+    for name, parameter in learning.items():
+        assert peaks[id(parameter)] == (1e-4 if name.startswith("llm.") else 1e-2), name
+    assert {group["peak_lr"] for group in parameter_groups(small_model("text_only"), config)} == {1e-4}
+    assert {group["peak_lr"] for group in parameter_groups(small_model(freeze_llm=True), config)} == {1e-2}
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_targets(tmp_path, sets):
@@ -319,7 +339,15 @@ def test_the_commit_is_noted_where_there_is_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": 0.0}, {"batch_size": 0}, {"accumulation_steps": 0}, {"grad_clip": -1.0}, {"warmup_steps": -1}]
+    "options",
+    [
+        {"lr": 0.0},
+        {"new_parts_lr": 0.0},
+        {"batch_size": 0},
+        {"accumulation_steps": 0},
+        {"grad_clip": -1.0},
+        {"warmup_steps": -1},
+    ],
 )
 def test_training_settings_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options)).upper()):
