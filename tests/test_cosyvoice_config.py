@@ -280,16 +280,18 @@ def test_the_libritts_configuration_describes_the_released_model():
     assert without_places(read_config(RELEASED_SIZES)) == without_places(read_config(RELEASED_STYLE))
 
 
-@pytest.mark.parametrize("path", [RELEASED_SIZES, TINY_SIZES], ids=["libritts", "tiny"])
-def test_a_training_configuration_gives_both_pipelines_and_both_trainings(path):
+@pytest.mark.parametrize(
+    ("path", "schedule"), [(RELEASED_SIZES, "warmuplr"), (TINY_SIZES, "warmupcosine")], ids=["libritts", "tiny"]
+)
+def test_a_training_configuration_gives_both_pipelines_and_both_trainings(path, schedule):
     built = load_config(path, [*TRAINING_KEYS, "hifigan"] if path == TINY_SIZES else TRAINING_KEYS)
     names = [step.func.__name__ for step in built["data_pipeline"]]
     assert names[:2] == ["parquet_opener", "tokenize"] and names[-2:] == ["batch", "padding"]
     assert {step.func.__name__ for step in built["data_pipeline_gan"]} > {"truncate", "compute_f0"}
-    assert built["train_conf"]["scheduler"] == "warmuplr" and built["train_conf_gan"]["accum_grad"] == 1
+    assert built["train_conf"]["scheduler"] == schedule and built["train_conf_gan"]["accum_grad"] == 1
 
 
 def test_the_tiny_configuration_has_the_keys_of_the_released_one():
     tiny, released = (read_config(path, TRAINING_KEYS) for path in (TINY_SIZES, RELEASED_SIZES))
     for key in ("train_conf", "train_conf_gan"):
-        assert set(tiny[key]) - {"cache", "adversarial_from"} == set(released[key])
+        assert set(tiny[key]) - {"cache", "adversarial_from", "scheduler_conf"} == set(released[key]) - {"scheduler_conf"}

@@ -498,7 +498,7 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeyp
     (tmp_path / "flite").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     outputs = (
-        "corpus/{train,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,spk2embedding.pt,"
+        "corpus/{train,phrases,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,spk2embedding.pt,"
         "utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx speaker_encoder/campplus.onnx "
         "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{llm,flow,hifigan}/metrics.jsonl whisper/model.safetensors "
         "CosyVoice-tiny/{README.md,spk2info.pt,llm.pt,flow.pt,hift.pt} evaluation/{test,real}/report.md"
@@ -512,9 +512,9 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeyp
         "make_corpus.py",
         "train_s3_tokenizer.py",
         "train_speaker_encoder.py",
-        *["extract_embedding.py"] * 3,
-        *["extract_speech_token.py"] * 3,
-        *["make_parquet_list.py"] * 3,
+        *["extract_embedding.py"] * 4,
+        *["extract_speech_token.py"] * 4,
+        *["make_parquet_list.py"] * 4,
         *["train.py", "average_model.py"] * 3,
         "train_whisper.py",
         "assemble.py",

@@ -49,24 +49,39 @@ def test_the_vocabulary_has_1500_words_and_all_of_the_demo(maker: dict[str, Any]
     assert {word for text in demo for word in maker["words_of"](text)} <= vocabulary | {"a", "an"}
 
 
-def test_words_are_used_evenly(maker: dict[str, Any], plan: list[Any]) -> None:
-    used = [word for item in plan for word in maker["words_of"](item.reading.text)]
+@pytest.fixture(scope="module")
+def sentences(plan: list[Any]) -> list[Any]:
+    return [item for item in plan if item.reading.split != "phrases"]
+
+
+def test_words_are_used_evenly(maker: dict[str, Any], sentences: list[Any]) -> None:
+    used = [word for item in sentences for word in maker["words_of"](item.reading.text)]
     assert len(set(used)) > len(used) * 0.4
 
 
-def test_sentences_have_4_to_14_words_a_capital_and_an_end(plan: list[Any], maker: dict[str, Any]) -> None:
-    for item in plan:
+def test_sentences_have_4_to_14_words_a_capital_and_an_end(sentences: list[Any], maker: dict[str, Any]) -> None:
+    for item in sentences:
         text = item.reading.text
         assert 4 <= len(maker["words_of"](text)) <= 14, text
         assert text[0].isupper() and text[-1] in ".?" and "{" not in text, text
 
 
 def test_no_sentence_is_in_two_splits_or_comes_twice_or_is_of_the_demo(
-    maker: dict[str, Any], plan: list[Any], demo: list[str]
+    maker: dict[str, Any], sentences: list[Any], demo: list[str]
 ) -> None:
-    keys = [maker["sentence_key"](item.reading.text) for item in plan]
+    keys = [maker["sentence_key"](item.reading.text) for item in sentences]
     assert len(set(keys)) == len(keys)
     assert not set(keys) & {maker["sentence_key"](text) for text in demo}
+
+
+def test_phrases_have_every_word_of_train_alone_and_nothing_but_cuts_of_train(
+    maker: dict[str, Any], plan: list[Any]
+) -> None:
+    texts = [" ".join(maker["words_of"](reading.text)) for reading in readings(plan, "train")]
+    phrases = [" ".join(maker["words_of"](reading.text)) for reading in readings(plan, "phrases")]
+    assert {phrase for phrase in phrases if " " not in phrase} == {word for text in texts for word in text.split()}
+    assert {len(phrase.split()) for phrase in phrases} == {1, 2, 3}
+    assert all(any(f" {phrase} " in f" {text} " for text in texts) for phrase in phrases)
 
 
 def test_articles_agree_with_the_sound_that_follows(plan: list[Any]) -> None:

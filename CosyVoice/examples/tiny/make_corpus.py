@@ -3,7 +3,8 @@
 In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
 `<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
 `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds), then
-`corpus.json` with the counts and, last, `.done`.
+`corpus.json` with the counts and, last, `.done`. A fourth split, `phrases`, has each word alone and two or three words
+cut out of train: from it the language model learns how a word sounds before it can find its place in a sentence.
 
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
@@ -21,7 +22,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from pathlib import Path
@@ -50,7 +51,10 @@ SECONDS_PER_CHARACTER = {"kal16": 0.0491, "awb": 0.0558, "rms": 0.0628, "slt": 0
 EDGE_SECONDS = 0.16  # silence before and after the speech together
 PARALLEL = 2  # flite processes at a time
 BATCH = 32  # utterances between two looks at Ctrl-C
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "phrases", "dev", "test")
+READINGS_ALONE = 2  # of each word, in phrases
+PHRASES_A_SENTENCE = 0.6  # of 2 or 3 words, cut out of train's sentences
+PHRASE_WORDS = (2, 3)
 
 
 class Speaker(NamedTuple):
@@ -112,22 +116,52 @@ def plan_corpus(hours: float, dev: int, test: int, seed: int, forbidden: Sequenc
         forbidden: sentences that may not occur.
 
     Returns:
-        the utterances of train, dev and test; the speakers take turns, and no sentence comes twice.
+        the utterances of train, phrases, dev and test; the speakers take turns, and no sentence comes twice.
     """
     speakers = plan_speakers(seed)
     unseen = SentenceMaker(f"{seed}-unseen", forbidden)
     plan = [
         planned
         for split, utterances in (("dev", dev), ("test", test))
-        for planned in _read_in_turns(split, unseen, speakers, seed, utterances, float("inf"))
+        for planned in _read_in_turns(split, unseen.sentence, speakers, seed, utterances, float("inf"))
     ]
     heldout = [planned.reading.text for planned in plan]
     train = SentenceMaker(f"{seed}-train", [*forbidden, *heldout])
-    return [*_read_in_turns("train", train, speakers, seed, None, hours * 3600), *plan]
+    sentences = list(_read_in_turns("train", train.sentence, speakers, seed, None, hours * 3600))
+    phrases = cut_phrases([planned.reading.text for planned in sentences], seed)
+    next_phrase = iter(phrases).__next__
+    short = _read_in_turns("phrases", next_phrase, speakers, seed, len(phrases), float("inf"))
+    return [*sentences, *short, *plan]
+
+
+def cut_phrases(sentences: Sequence[str], seed: int) -> list[str]:
+    """Take sentences apart: every word alone, and stretches of two or three words.
+
+    Args:
+        sentences: train's.
+        seed: of the private random generator.
+
+    Returns:
+        the phrases in random order, with a capital first letter and a full stop.
+    """
+    draw = random.Random(f"{seed}-phrases")
+    phrases = sorted({word for text in sentences for word in words_of(text)}) * READINGS_ALONE
+    for text in draw.sample(sentences, round(PHRASES_A_SENTENCE * len(sentences))):
+        words = text.rstrip(".?").split()
+        length = min(draw.randint(*PHRASE_WORDS), len(words))
+        first = draw.randint(0, len(words) - length)
+        phrases.append(" ".join(words[first : first + length]).rstrip(","))
+    draw.shuffle(phrases)
+    return [phrase[0].upper() + phrase[1:] + "." for phrase in phrases]
 
 
 def _read_in_turns(
-    split: str, sentences: SentenceMaker, speakers: Sequence[Speaker], seed: int, utterances: int | None, seconds: float
+    split: str,
+    next_text: Callable[[], str],
+    speakers: Sequence[Speaker],
+    seed: int,
+    utterances: int | None,
+    seconds: float,
 ) -> Iterator[Planned]:
     """Give each speaker a sentence in turn until so many utterances or so many estimated seconds are reached."""
     draw = random.Random(f"{seed}-{split}")
@@ -137,7 +171,7 @@ def _read_in_turns(
             return
         round_of_speakers = round_of_speakers or draw.sample(speakers, len(speakers))
         speaker = round_of_speakers.pop()
-        text = sentences.sentence()
+        text = next_text()
         rate = round(speaker.rate * draw.uniform(1 - RATE_JITTER, 1 + RATE_JITTER), 3)
         utt_id = f"{speaker.speaker_id}-{split}-{number:05d}"
         peak = round(draw.uniform(*PEAK_RANGE), 2)
@@ -257,7 +291,9 @@ def describe(plan: Sequence[Planned], made: dict[str, Made]) -> dict[str, Any]:
             "phones": dict(phones.most_common()),
         }
     train_words = {word for item in plan if item.reading.split == "train" for word in words_of(item.reading.text)}
-    test_words = {word for item in plan if item.reading.split != "train" for word in words_of(item.reading.text)}
+    test_words = {
+        word for item in plan if item.reading.split in ("dev", "test") for word in words_of(item.reading.text)
+    }
     counts["words_of_dev_and_test_not_in_train"] = sorted(test_words - train_words)
     return counts
 

@@ -49,13 +49,14 @@ MAX_STEPS="${MAX_STEPS:-}"                     # at most so many steps in stage 
 EVALUATED="${EVALUATED:-}"                     # test utterances measured in stage 9; empty takes all
 REAL_MANIFEST="${REAL_MANIFEST:-}"             # .jsonl of recordings of people, measured in stage 9 too
 AVERAGE_NUM="${AVERAGE_NUM:-5}"                # epochs with the lowest loss, whose weights are averaged
-DTYPE="${DTYPE:-fp32}"                         # of training in stage 6: fp32, bf16, fp16
+DTYPE="${DTYPE:-fp32}"                         # of training flow and vocoder in stage 6: fp32, bf16, fp16
+DTYPE_LLM="${DTYPE_LLM:-bf16}"                 # of training the language model
 DEVICE="${DEVICE:-auto}"                       # of stages 1, 4 and 6: auto, cpu, cuda
 NUM_THREADS="${NUM_THREADS:-}"                 # CPU threads in all; empty takes every core
 JOBS="${JOBS:-2}"                              # trainings at the same time in stage 6
 PYTHON="${PYTHON:-}"                           # interpreter; empty takes the repository's .venv, else python3
 
-SPLITS=(train dev test)
+SPLITS=(train phrases dev test)
 COSYVOICE="$REPOSITORY/CosyVoice"
 export PYTHONPATH="$REPOSITORY:$COSYVOICE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUTF8=1 # texts are UTF-8, whatever the locale says
@@ -65,7 +66,7 @@ flag() { [[ -z "$2" ]] || FLAGS+=("$1" "$2"); }
 
 make_corpus() {
     command -v flite >/dev/null || fail "flite is not installed; run: apt-get update && apt-get install -y flite"
-    gives "$CORPUS"/{train,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones}
+    gives "$CORPUS"/{train,phrases,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones}
     clears "$CORPUS"
     step stage0 "$PYTHON" "$HERE/make_corpus.py" --work-dir "$WORK_DIR" \
         --hours "$HOURS" --dev "$DEV_SIZE" --test "$TEST_SIZE"
@@ -126,7 +127,14 @@ pack_split() {
 # shellcheck disable=SC2317 # `together` runs it
 train_model() {
     local minutes="MINUTES_${1^^}"
-    needs 5 "$CORPUS/train/parquet/data.list" "$CORPUS/dev/parquet/data.list"
+    local data="$CORPUS/train/parquet/data.list" dtype="$DTYPE"
+    needs 5 "$CORPUS"/{train,phrases,dev}/parquet/data.list
+    if [[ "$1" == llm ]]; then # words and short phrases as well; 16 bits make its products faster
+        data="$WORK_DIR/llm_data.list" dtype="${DTYPE_LLM:-$DTYPE}"
+        cat "$CORPUS"/{phrases,train}/parquet/data.list >"$data.new"
+        cmp -s "$data.new" "$data" || cp "$data.new" "$data" # a mark knows it by its time
+        rm "$data.new"
+    fi
     gives "$EXP/$1/metrics.jsonl"
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
     FLAGS=()
@@ -135,8 +143,8 @@ train_model() {
     flag --total_minutes "${!minutes}"
     how --num_threads "$THREADS_A_JOB" --device "$DEVICE"
     step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$CONFIG" \
-        --train_data "$CORPUS/train/parquet/data.list" --cv_data "$CORPUS/dev/parquet/data.list" \
-        --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$DTYPE" "${FLAGS[@]}"
+        --train_data "$data" --cv_data "$CORPUS/dev/parquet/data.list" \
+        --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$dtype" "${FLAGS[@]}"
     needs 6 "$EXP/$1/metrics.jsonl"
     gives "$EXP/$1/$1.pt"
     step "stage6-$1-average" "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/$1/$1.pt" \
