@@ -7,6 +7,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured yet"
 EVALUATIONS = {"its own test set": "test", "recordings of people": "real"}  # title, and folder of the report
+_TOKENIZER_COUNTS = ("tokens_compared", "tokens_differing")  # between onnxruntime and s3tokenizer
 LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss_mel"}  # of the cross-validation
 
 
@@ -42,7 +43,9 @@ def _corpus(counts: Mapping[str, Any]) -> str:
 
 
 def _encoders(work_dir: Path) -> str:
-    lines = []
+    tokenizer = _read(work_dir / "s3_tokenizer" / "metrics.json")
+    measured = {**tokenizer.get("test", {}), **{key: tokenizer[key] for key in _TOKENIZER_COUNTS if key in tokenizer}}
+    lines = [f"| S3 tokenizer: {key} | {value} |" for key, value in _flat(measured)]
     for name, folder in (("speaker encoder", "speaker_encoder"), ("Whisper encoder", "whisper")):
         metrics = _read(work_dir / folder / "metrics.json")
         lines += [f"| {name}: {key} | {value} |" for key, value in _flat(metrics)]
