@@ -14,9 +14,10 @@ from taste.model import CosyVoiceS3Model
 
 # T text tokens   A Whisper frames, 50 Hz   D channels of the LM   E of the text embeddings   N tokens of all utterances
 
-MOST_UTTERANCES = 200  # that are looked at; more would only cost memory
+MOST_UTTERANCES = 100  # that are looked at; more would cost time and memory
 RIDGE = 1e-2  # of a channel's mean square, added to each
 SPEECH_GAIN = 0.1  # what speech is multiplied with beside the text at first: a hint that training can make louder
+SHARPEN_STEPS, SHARPEN_LR = 60, 3e-3  # of Adam, on query and key alone
 SHARPNESSES = tuple(2.0 ** (power / 2) for power in range(-2, 17))  # tried on the attention's scores
 
 
@@ -86,9 +87,35 @@ def _fit_attention(model: CosyVoiceS3Model, examples: Sequence[Example]) -> tupl
     aggregator.query.bias.copy_(-found.centre * (factor / size))
     aggregator.key.weight.copy_(found.weight * factor)
     aggregator.key.bias.copy_(found.bias * factor)
-    own = [(s * sharpness).softmax(dim=1).masked_fill(o, 0.0).sum(dim=1) for s, o in zip(scores, outside, strict=True)]
-    evenly = [1 - o.float().mean(dim=1) for o in outside]
+    _sharpen(model, examples, outside)
+    own = [
+        _attention(model, example).masked_fill(masked, 0.0).sum(dim=1)
+        for example, masked in zip(examples, outside, strict=True)
+    ]
+    evenly = [1 - masked.float().mean(dim=1) for masked in outside]
     return float(torch.cat(own).mean()), float(torch.cat(evenly).mean())
+
+
+@torch.enable_grad()
+def _sharpen(model: CosyVoiceS3Model, examples: Sequence[Example], outside: Sequence[Tensor]) -> None:
+    """Teach query and key to look at all frames of a token and at no others; nothing else changes."""
+    aggregator = model.aggregator
+    parameters = [*aggregator.query.parameters(), *aggregator.key.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=SHARPEN_LR)
+    for _ in range(SHARPEN_STEPS):
+        optimizer.zero_grad()
+        for example, masked in zip(examples, outside, strict=True):
+            logs = _attention(model, example).clamp(min=1e-12).log().masked_fill(masked, 0.0)
+            (-(logs.sum(dim=1) / (~masked).sum(dim=1)).mean() / len(examples)).backward()
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _attention(model: CosyVoiceS3Model, example: Example) -> Tensor:
+    """Where each token of one utterance looks, [T, A]."""
+    final = example.speech_final
+    return model.aggregator.attention(example.text[None], final[None], torch.tensor([len(final)]))[0]
 
 
 def _agreement(scores: Sequence[Tensor], outside: Sequence[Tensor], sharpness: float) -> float:
@@ -103,13 +130,8 @@ def _agreement(scores: Sequence[Tensor], outside: Sequence[Tensor], sharpness: f
 def _fit_values(model: CosyVoiceS3Model, examples: Sequence[Example]) -> None:
     """Set value, output and the speech's gain."""
     aggregator = model.aggregator
-    heard = torch.cat(
-        [
-            aggregator.attention(e.text[None], e.speech_final[None], torch.tensor([len(e.speech_final)]))[0]
-            @ e.speech_mid
-            for e in examples
-        ]
-    ).double()  # [N, speech_width]
+    heard = torch.cat([_attention(model, example) @ example.speech_mid for example in examples])
+    heard = heard.double()  # [N, speech_width]
     mean = heard.mean(dim=0)
     sizes, directions = torch.linalg.eigh((heard - mean).T @ (heard - mean) / len(heard))
     kept = min(aggregator.text_width, aggregator.speech_width)

@@ -14,11 +14,12 @@ def spoken_texts(noise: float, count: int = 30, seed: int = 0) -> tuple[list, li
         return int(torch.randint(low, high, (1,), generator=generator))
 
     words = torch.randn(WORDS, EMBEDDINGS, generator=generator) + 2.0  # embeddings are not centred by nature
+    frequency = 1.0 / torch.arange(1, WORDS + 1)  # nor are words equally frequent
     voice = torch.randn(EMBEDDINGS, CHANNELS, generator=generator) / EMBEDDINGS**0.5
     silence = torch.randn(1, CHANNELS, generator=generator)
     texts, speech, spans = [], [], []
     for _ in range(count):
-        chosen = torch.randperm(WORDS, generator=generator)[: between(4, 8)]
+        chosen = torch.multinomial(frequency, between(4, 8), generator=generator)
         parts, times, start = [silence.expand(between(2, 6), -1)], [], 0
         for word in words[chosen]:
             start = sum(map(len, parts))
