@@ -88,7 +88,7 @@ def test_whisper_hears_more_than_positions(utterances: list[Utterance]) -> None:
 
 def test_speaker_vectors_tell_the_four_voices_apart(utterances: list[Utterance]) -> None:
     speakers = torch.load(TINY / "spk2info.pt", weights_only=True)
-    assert tuple(speakers)[: len(VOICES)] == VOICES  # the pseudo-speakers of the corpus follow
+    assert set(list(speakers)[: len(VOICES)]) == set(VOICES)  # the pseudo-speakers of the corpus follow
     assert all(entry["embedding"].shape == (1, 192) for entry in speakers.values())
     known = torch.nn.functional.normalize(torch.cat([speakers[voice]["embedding"] for voice in VOICES]), dim=1)
     encoder = SpeakerEncoder(TINY / "campplus.onnx")
