@@ -37,14 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from evaluation_table import CONDITIONS, SYNTHETIC, summarise, table_rows, to_markdown, to_text  # noqa: E402
-from listeners import (  # noqa: E402
-    ListenerMissingError,
-    Recogniser,
-    VoiceJudge,
-    hear_in_worker,
-    similarity,
-    start_worker,
-)
+from listeners import VoiceJudge, hear_in_worker, open_recogniser, similarity, start_worker  # noqa: E402
 
 from cosyvoice.cli.cosyvoice import CosyVoice  # noqa: E402
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file  # noqa: E402
@@ -55,6 +48,7 @@ from taste.interrupt import StopRequest  # noqa: E402
 from taste.manifest import read_manifest  # noqa: E402
 from taste.plots import plot_mels  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
+from taste.recogniser import ListenerMissingError  # noqa: E402
 from taste.recordings import read_table  # noqa: E402
 from taste.s3_units import open_extractor, read_recording  # noqa: E402
 from taste.speaker import SpeakerEncoder  # noqa: E402
@@ -289,7 +283,7 @@ def recognise_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes,
     todo = {key: path for key, path in wanted.items() if key not in notes.by_id}
     if not todo:
         return
-    Recogniser()  # an error of its installation is an error here, not in a worker
+    open_recogniser()  # an error of its installation is an error here, not in a worker
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=start_worker) as pool:
         heard = pool.map(hear_in_worker, todo.values())
@@ -428,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         items = read_items(args.data_dir, args.manifest, args.limit)
         args.mels = min(args.mels, len(items))
-        Recogniser()
+        open_recogniser()
         VoiceJudge()  # both now: a missing package is told before the work begins
         prepare_output(args)
         spoken, heard, voices = (Notes(args.output / f"{name}.jsonl") for name in ("spoken", "heard", "voices"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from listeners import normalise
+from taste.sound_metrics import word_error
 
 CONDITIONS = {
     "original": "original recordings",
@@ -28,23 +28,6 @@ class Row(NamedTuple):
 def group_of(speaker: str) -> str:
     """Give the voice or corpus that a speaker belongs to: `slt` of `slt-07`."""
     return speaker.rpartition("-")[0] or speaker
-
-
-def word_error(references: Sequence[str], heard: Sequence[str]) -> float | None:
-    """Count wrong words over a set of utterances.
-
-    Args:
-        references: what was said.
-        heard: what a recogniser wrote.
-
-    Returns:
-        substitutions, deletions and insertions for each word said; None where no word was said.
-    """
-    import jiwer
-
-    pairs = [(normalise(said), normalise(wrote)) for said, wrote in zip(references, heard, strict=True)]
-    pairs = [(said, wrote) for said, wrote in pairs if said]
-    return jiwer.wer([said for said, _ in pairs], [wrote for _, wrote in pairs]) if pairs else None
 
 
 def summarise(utterances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
