@@ -30,8 +30,8 @@ class WordQuantizer(nn.Module):
 
     Differences from the published code, each with its reason:
 
-    - Statistics are taken once a word (`word_starts` of `forward`). Once a token, as published, a word of six tokens
-      pulls six times as hard at the codes as a word of one.
+    - Statistics are taken once a word (`once_a_word`). Once a token, as published, a word of six tokens pulls six times
+      as hard at the codes as a word of one.
     - A code that no word has used for long moves to a vector of the batch (`revive_dead_codes`). With fewer words in
       the first batch than there are codes, k-means leaves the others where no vector ever comes near.
     - The first steps use all levels, whatever quantize dropout draws: every level must start from training data, and
@@ -47,6 +47,7 @@ class WordQuantizer(nn.Module):
         kmeans_init: place the codes by k-means on the first batch; otherwise at random.
         quantize_dropout: in training use only the first 1..Q levels, one draw a step.
         commitment_weight: weight of the commitment loss.
+        once_a_word: see above; False is the published behaviour.
         revive_dead_codes: see above; False is the published behaviour.
         padding_as_bias: True gives padded tokens the output projection's bias, as the published code does; nothing
             reads them.
@@ -66,6 +67,7 @@ class WordQuantizer(nn.Module):
         quantize_dropout: bool = True,
         commitment_weight: float = 1.0,
         *,
+        once_a_word: bool = True,
         revive_dead_codes: bool = True,
         padding_as_bias: bool = False,
     ) -> None:
@@ -75,7 +77,7 @@ class WordQuantizer(nn.Module):
 
         logger.disable("vector_quantize_pytorch")  # it warns of the small first batch that revival makes up for
         self.levels, self.codes, self.quantize_dropout = levels, codes, quantize_dropout
-        self.padding_as_bias = padding_as_bias
+        self.once_a_word, self.padding_as_bias = once_a_word, padding_as_bias
         self.rvq = ResidualVQ(
             dim=width,
             codebook_dim=codebook_width,
@@ -96,8 +98,8 @@ class WordQuantizer(nn.Module):
         Args:
             vectors: [B, T, D], float; equal on all tokens of a word.
             valid: [B, T], bool, False at padding.
-            word_starts: [B, T], bool, True at the first token of each word (`taste.words.word_starts`); None counts
-                every token as a word, which is what the published code does.
+            word_starts: [B, T], bool, True at the first token of each word (`taste.words.word_starts`); None: every
+                token is a word.
 
         Returns:
             the rounded vectors, through which gradients pass to `vectors` once for each level used, as published; the
@@ -106,7 +108,7 @@ class WordQuantizer(nn.Module):
         Raises:
             RuntimeError: the codebooks are empty in eval mode.
         """
-        starts = valid if word_starts is None else word_starts & valid
+        starts = valid if word_starts is None or not self.once_a_word else word_starts & valid
         words = vectors[starts]  # [W, D]
         if len(words) == 0:
             return self._nothing(vectors)

@@ -66,8 +66,8 @@ def test_statistics_are_taken_once_a_word():
     short(spoken(6), all_valid(spoken(6)))
     for name, value in state(long).items():
         torch.testing.assert_close(value, state(short)[name], msg=name)
-    once_a_token = quantizer().train()
-    once_a_token(vectors, all_valid(vectors))
+    once_a_token = quantizer(once_a_word=False).train()
+    once_a_token(vectors, all_valid(vectors), starts)
     size = "rvq.layers.0._codebook.cluster_size"
     assert not torch.allclose(state(once_a_token)[size], state(short)[size])
 
