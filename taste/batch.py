@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.utils.common import IGNORE_ID
+from taste.words import word_starts
 
-# B batch   T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels
+# B batch   T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels   L codes a word
+NO_WORD = -1  # word number of padding
 
 
 class Example(NamedTuple):
@@ -21,6 +23,8 @@ class Example(NamedTuple):
     speech_mid: Tensor | None  # [A, D_speech] float32
     speaker: Tensor | None  # [D_speaker] float32
     units: Tensor  # [S] int64
+    text_tokens: Tensor | None = None  # [T] int64; None where the features came without
+    word_ids: Tensor | None = None  # [T] int64, the word's number of each token; None likewise
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Batch:
     speaker: Tensor | None  # [B, D_speaker] float32
     units: Tensor  # [B, S] int64, IGNORE_ID behind each row's end
     unit_lengths: Tensor  # [B] int64
+    text_tokens: Tensor | None = None  # [B, T] int64, 0 behind each row's end
+    word_ids: Tensor | None = None  # [B, T] int64, NO_WORD behind each row's end
+    codes: Tensor | None = None  # [B, T, L] int64; where they are, the recording's codes, read in its stead
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device.
@@ -59,12 +66,17 @@ class Batch:
         """Targets of the whole batch: its units and one EOS a row."""
         return int(self.unit_lengths.sum()) + len(self.utt_ids)
 
+    @property
+    def word_count(self) -> int:
+        """Words of the whole batch; 0 where nobody noted them."""
+        return 0 if self.word_ids is None else int(word_starts(self.word_ids, self.text_lengths).sum())
+
 
 def collate(examples: list[Example]) -> Batch:
     """Pad utterances side by side.
 
     Args:
-        examples: at least one; either all or none of them have speech, and likewise a speaker.
+        examples: at least one; either all or none of them have speech, and likewise a speaker, text tokens, word ids.
 
     Returns:
         the batch, in the order given.
@@ -75,6 +87,8 @@ def collate(examples: list[Example]) -> Batch:
     units, unit_lengths = _pad([example.units for example in examples], IGNORE_ID)
     speakers = [example.speaker for example in examples if example.speaker is not None]
     assert len(speakers) in (0, len(examples)), "some utterances of a batch have a speaker vector, others none"
+    text_tokens, _ = _pad_if_there([example.text_tokens for example in examples])
+    word_ids, _ = _pad_if_there([example.word_ids for example in examples], NO_WORD)
     return Batch(
         utt_ids=tuple(example.utt_id for example in examples),
         text=text,
@@ -85,6 +99,8 @@ def collate(examples: list[Example]) -> Batch:
         speaker=torch.stack(speakers) if speakers else None,
         units=units,
         unit_lengths=unit_lengths,
+        text_tokens=text_tokens,
+        word_ids=word_ids,
     )
 
 
@@ -93,7 +109,7 @@ def _pad(rows: list[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True, padding_value=value), torch.tensor([len(row) for row in rows])
 
 
-def _pad_if_there(rows: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+def _pad_if_there(rows: list[Tensor | None], value: float = 0.0) -> tuple[Tensor | None, Tensor | None]:
     present = [row for row in rows if row is not None]
-    assert len(present) in (0, len(rows)), "some utterances of a batch have Whisper features, others none"
-    return _pad(present) if present else (None, None)
+    assert len(present) in (0, len(rows)), "some utterances of a batch have Whisper features or words, others none"
+    return _pad(present, value) if present else (None, None)

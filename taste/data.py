@@ -24,6 +24,7 @@ FRAMES_PER_SECOND = 50
 UNTRIMMED_FRAMES = 1500  # what Whisper gives for any recording: 30 s, padded
 MAX_LM_POSITIONS = 5000  # positions the LM's table of relative positions was made for
 EXTRA_POSITIONS = 3  # [sos] [speaker] [task]
+WORD_FIELDS = ("text_token", "word_id")  # of utt2info: a number for each text token
 HELD_OUT_SHARE = 0.1
 SHOWN_IDS = 3
 
@@ -55,6 +56,7 @@ class Selection:
     utt_ids: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # LM positions of each
     left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> utterance ids
+    with_words: bool = False  # all of them have text tokens and word ids
 
     def describe(self, name: str) -> str:
         """One line a person reads, and one more for each reason.
@@ -95,7 +97,9 @@ class UtteranceDataset(Dataset[Example]):
             speech = self.features.speech[utt_id]
             frames = real_frames(len(speech["final"]), len(units), self.duration_seconds(utt_id))
             final, mid = speech["final"][:frames].float(), speech["mid"][:frames].float()
-        return Example(utt_id, self.features.text[utt_id].float(), final, mid, self.speaker(utt_id), units)
+        text_tokens, word_ids = (self._of_tokens(utt_id, name) if self.has_words else None for name in WORD_FIELDS)
+        text = self.features.text[utt_id].float()
+        return Example(utt_id, text, final, mid, self.speaker(utt_id), units, text_tokens, word_ids)
 
     @property
     def utt_ids(self) -> list[str]:
@@ -111,6 +115,11 @@ class UtteranceDataset(Dataset[Example]):
     def has_speakers(self) -> bool:
         """Whether each utterance has a speaker vector."""
         return self.features.info is not None
+
+    @property
+    def has_words(self) -> bool:
+        """Whether each utterance has its text tokens and their words."""
+        return self.selection.with_words
 
     @property
     def speech_width(self) -> int | None:
@@ -151,6 +160,10 @@ class UtteranceDataset(Dataset[Example]):
         """
         return self.info(utt_id).get("duration_s")
 
+    def _of_tokens(self, utt_id: str, name: str) -> Tensor:
+        """One number of `WORD_FIELDS` for each token of an utterance, [T] int64."""
+        return torch.as_tensor(self.info(utt_id)[name], dtype=torch.int64)
+
     def subset(self, indices: Sequence[int]) -> "UtteranceDataset":
         """Some of the utterances.
 
@@ -160,8 +173,8 @@ class UtteranceDataset(Dataset[Example]):
         Returns:
             a data set over the same files.
         """
-        chosen = Selection([self.utt_ids[index] for index in indices], [self.lengths[index] for index in indices])
-        return UtteranceDataset(self.features, chosen)
+        utt_ids, lengths = ([values[index] for index in indices] for values in (self.utt_ids, self.lengths))
+        return UtteranceDataset(self.features, Selection(utt_ids, lengths, with_words=self.has_words))
 
     def fingerprint(self) -> str:
         """A short hash of the ids and lengths: equal for the same data in the same order."""
@@ -263,6 +276,10 @@ def select_utterances(features: Features, sizes: ModelSizes) -> Selection:
         _check_sizes(features, utt_id, sizes, first_id)
         selection.utt_ids.append(utt_id)
         selection.lengths.append(len(features.text[utt_id]) + len(features.units[utt_id]) + EXTRA_POSITIONS)
+    selection.with_words = bool(selection.utt_ids) and all(
+        features.info is not None and all(name in features.info[utt_id] for name in WORD_FIELDS)
+        for utt_id in selection.utt_ids
+    )
     return selection
 
 
@@ -348,6 +365,12 @@ def _check_sizes(features: Features, utt_id: str, sizes: ModelSizes, first_id: s
         speaker_width = torch.as_tensor(features.info[utt_id]["spk_embedding"]).numel()
         if speaker_width != sizes.spk_width:
             problems.append(f"its speaker vector has {speaker_width} numbers, the model reads {sizes.spk_width}")
+        tokens = len(features.text[utt_id])
+        problems += [
+            f"its {name} is for {len(features.info[utt_id][name])} text tokens, its text embedding for {tokens}"
+            for name in WORD_FIELDS
+            if name in features.info[utt_id] and len(features.info[utt_id][name]) != tokens
+        ]
     if features.speech is not None:
         mid, final = features.speech[utt_id]["mid"].shape, features.speech[utt_id]["final"].shape
         first_width = features.speech[first_id]["final"].shape[-1]

@@ -1,7 +1,6 @@
 """CosyVoice's language model, told by a recording how to speak its text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,14 +10,25 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.common import IGNORE_ID
-from cosyvoice.utils.model_dir import load_part
 from taste.aggregator import SimpleTextSpeechAggregator
+from taste.audio_branch import AudioBranch
 from taste.batch import Batch
 from taste.lengths import valid_mask
+from taste.lora import add_adapters, is_adapter
+from taste.quantizer import WordQuantizer
+from taste.taste_aggregator import TasteAggregator
+from taste.words import word_mean, word_starts
 
 # B batch   T text tokens   S S3 units, 50 Hz   P positions before the units   D channels of the LM   V S3 codes
+# L codes a word
 
-VARIANTS = ("text_only", "simple")
+PARTS = {  # what each variant has beside the pretrained language model
+    "text_only": (),
+    "simple": ("aggregator",),
+    "taste_novq": ("aggregator", "audio_branch", "fusion"),
+    "taste": ("aggregator", "audio_branch", "fusion", "quantizer"),
+}
+VARIANTS = tuple(PARTS)
 PRETRAINED_PART = "llm"  # the submodule that the model folder holds; all others are a variant's own
 SOS_ROW, TASK_ROW = 0, 1  # rows of llm_embedding
 TOP = 5  # a unit counts as found when it is among so many best ones
@@ -38,6 +48,24 @@ class Scores(NamedTuple):
     top1_counts: Tensor  # [B] int64, targets that were the best guess
     top5_counts: Tensor  # [B] int64, targets among the five best
     target_counts: Tensor  # [B] int64, units and the one EOS
+    commitment_sums: Tensor  # [B] float32, the quantizer's loss of each word; zero in eval mode and without quantizer
+    word_counts: Tensor  # [B] int64, words that it is summed over
+
+
+class _Reading(NamedTuple):
+    """What a batch is read as, before its units."""
+
+    rows: list[Tensor]  # B tensors [P_b, D]
+    commitment_sums: Tensor  # as in `Scores`
+    word_counts: Tensor
+
+
+class _Heard(NamedTuple):
+    """What is known of the speech of each text token."""
+
+    vectors: Tensor  # [B, T, D_speech]; equal on all tokens of a word
+    codes: Tensor | None = None  # [B, T, L] int64; None without quantizer
+    commitment_loss: Tensor | None = None  # scalar, mean over the words; None likewise
 
 
 class CosyVoiceS3Model(nn.Module):
@@ -52,21 +80,28 @@ class CosyVoiceS3Model(nn.Module):
     - `text_only`: the text embeddings through CosyVoice's own text encoder. Nothing is new.
     - `simple`: LayerNorm(text embeddings) + LayerNorm(aggregated speech), through a new projection to the LM's width.
       CosyVoice's text encoder is not run.
+    - `taste_novq`: CosyVoice's text encoder, fused with the speech of each word: aggregated for each token, averaged
+      over the tokens of a word, encoded by the audio branch.
+    - `taste`: the same, but the speech of each word passes through a quantizer: L small integers are all that the
+      language model learns about it.
 
     Parts that are frozen or without work ask for no gradient and stay in eval mode whatever `train()` is told, so that
     their dropout never acts. The text embeddings arrive as features, therefore `text_embedding` never learns.
 
     Args:
         llm: the pretrained language model; it becomes part of this module, and its `requires_grad` flags are set here.
-        aggregator: for `simple`; None for `text_only`.
+        aggregator: for every variant but `text_only`.
+        audio_branch: for `taste_novq` and `taste`.
+        fusion: for `taste_novq` and `taste`; see `taste.fusion`.
+        quantizer: for `taste`.
         variant: one of `VARIANTS`.
-        freeze_llm: True leaves every pretrained part as it is, so only the aggregator, the two norms and the projection
-            learn; False lets everything that works learn. A frozen `text_only` model has nothing to learn: it can be
-            evaluated, not trained.
+        freeze_llm: True leaves every pretrained part as it is, so only the parts beside it learn; False lets everything
+            that works learn. A frozen `text_only` model has nothing to learn: it can be evaluated, not trained.
         use_speaker: False leaves the speaker's position out of the sequence.
+        lora_rank: above 0, adapters of this rank learn in the frozen language model's layers.
 
     Raises:
-        ValueError: the variant is unknown, or does not go with the aggregator.
+        ValueError: the variant is unknown, its parts are not those given, or adapters cannot be had.
 
     Source: the sequence is that of FunAudioLLM/CosyVoice cosyvoice/llm/llm.py @ ace7c47.
     """
@@ -74,25 +109,30 @@ class CosyVoiceS3Model(nn.Module):
     def __init__(
         self,
         llm: TransformerLM,
-        aggregator: SimpleTextSpeechAggregator | None = None,
+        aggregator: SimpleTextSpeechAggregator | TasteAggregator | None = None,
         *,
+        audio_branch: AudioBranch | None = None,
+        fusion: nn.Module | None = None,
+        quantizer: WordQuantizer | None = None,
         variant: str = "simple",
         freeze_llm: bool = False,
         use_speaker: bool = True,
+        lora_rank: int = 0,
     ) -> None:
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
-        if (variant == "text_only") != (aggregator is None):
+        parts = {"aggregator": aggregator, "audio_branch": audio_branch, "fusion": fusion, "quantizer": quantizer}
+        _check_parts(variant, parts)
+        if lora_rank and not freeze_llm:
             raise ValueError(
-                f"variant {variant!r} {'takes no' if variant == 'text_only' else 'needs an'} aggregator, "
-                f"got {type(aggregator).__name__}"
+                f"LORA_RANK is {lora_rank} and FREEZE_LLM False: adapters learn in a frozen language model's stead; "
+                "set FREEZE_LLM = True, or LORA_RANK = 0"
             )
         self.variant = variant
         self.use_speaker = use_speaker
         self.llm = llm
-        self.aggregator = aggregator
-        if aggregator is not None:
+        for name, part in parts.items():
+            self.add_module(name, part)
+        if variant == "simple":
             self.text_norm = nn.LayerNorm(aggregator.text_width)
             self.speech_norm = nn.LayerNorm(aggregator.text_width)
             self.input_proj = nn.Linear(aggregator.text_width, llm.llm_input_size)
@@ -101,6 +141,8 @@ class CosyVoiceS3Model(nn.Module):
         self.carried_names: frozenset[str] = frozenset()  # frozen weights that are not those of the model folder
         for name in self.frozen_parts:
             self.get_submodule(name).requires_grad_(False)
+        if lora_rank:
+            add_adapters(self.llm.llm, lora_rank)
         self.train(self.training)
 
     def forward(self, batch: Batch) -> Scores:
@@ -112,7 +154,8 @@ class CosyVoiceS3Model(nn.Module):
         Returns:
             sums and counts of each row.
         """
-        logits = self.predict(batch)
+        reading = self._read(batch)
+        logits = self._predict(reading.rows, batch)
         targets = self.targets(batch)
         losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE_ID, reduction="none")
         found = logits.topk(TOP, dim=-1).indices == targets[:, :, None]  # [B, S+1, TOP]; no class is IGNORE_ID
@@ -121,6 +164,8 @@ class CosyVoiceS3Model(nn.Module):
             top1_counts=found[:, :, 0].sum(dim=1),
             top5_counts=found.sum(dim=(1, 2)),
             target_counts=batch.unit_lengths + 1,
+            commitment_sums=reading.commitment_sums,
+            word_counts=reading.word_counts,
         )
 
     def predict(self, batch: Batch) -> Tensor:
@@ -133,7 +178,10 @@ class CosyVoiceS3Model(nn.Module):
             logits [B, S+1, V+1]: place k predicts unit k from the units before k, place n of a row of n units predicts
             EOS; places behind that mean nothing.
         """
-        prefix_rows = self._prefix_rows(batch)
+        return self._predict(self._read(batch).rows, batch)
+
+    def _predict(self, prefix_rows: list[Tensor], batch: Batch) -> Tensor:
+        """Logits [B, S+1, V+1] behind what the rows begin with."""
         rows = [
             torch.cat([before, self.llm.speech_embedding(units[:length])])
             for before, units, length in zip(prefix_rows, batch.units, batch.unit_lengths.tolist(), strict=True)
@@ -167,7 +215,7 @@ class CosyVoiceS3Model(nn.Module):
         Returns:
             vectors [B, P, D] and lengths [B].
         """
-        rows = self._prefix_rows(batch)
+        rows = self._read(batch).rows
         return Prefix(pad_sequence(rows, batch_first=True), _lengths_of(rows))
 
     @torch.inference_mode()
@@ -185,8 +233,48 @@ class CosyVoiceS3Model(nn.Module):
         """
         if self.aggregator is None:
             raise ValueError(f"variant {self.variant!r} looks at no recording")
-        _, final, _, speech_lengths = self._heard(batch)
-        return self.aggregator.attention(batch.text, final, speech_lengths)
+        final, mid, speech_lengths = self._speech_of(batch)
+        if self.variant == "simple":
+            return self.aggregator.attention(batch.text, final, speech_lengths)
+        inputs = (batch.text, final, mid, batch.text_lengths, speech_lengths, batch.text_tokens)
+        return self.aggregator.attention(*inputs)
+
+    @torch.inference_mode()
+    def encode(self, batch: Batch) -> Tensor:
+        """Write down how the words of each recording are spoken.
+
+        Args:
+            batch: the utterances; their units are not looked at. The model should be in eval mode.
+
+        Returns:
+            codes [B, T, L], int64, equal on all tokens of a word; -1 at padding.
+
+        Raises:
+            ValueError: the variant has no quantizer, or the batch lacks what it reads.
+        """
+        if self.quantizer is None:
+            raise ValueError(f"variant {self.variant!r} has no codes; only 'taste' has a quantizer")
+        return self._hear(batch).codes
+
+    def aggregate(self, batch: Batch) -> Tensor:
+        """The speech of each text token, before any quantizer; of the taste variants, averaged over words.
+
+        Args:
+            batch: the utterances; their units are not looked at.
+
+        Returns:
+            [B, T, D_speech]; a padded token's vector means nothing.
+
+        Raises:
+            ValueError: the batch lacks what the variant reads.
+        """
+        final, mid, speech_lengths = self._speech_of(batch)
+        if self.variant == "simple":
+            return self.aggregator(batch.text, final, mid, speech_lengths)
+        if batch.word_ids is None or batch.text_tokens is None:
+            raise ValueError(f"variant {self.variant!r} needs the words of the text, and the batch has none")
+        inputs = (batch.text, final, mid, batch.text_lengths, speech_lengths, batch.text_tokens)
+        return word_mean(self.aggregator(*inputs), batch.word_ids, batch.text_lengths)
 
     @property
     def eos(self) -> int:
@@ -216,7 +304,7 @@ class CosyVoiceS3Model(nn.Module):
         return {
             name: value
             for name, value in self.state_dict().items()
-            if name in self.carried_names or not lies_in(name, self.frozen_parts)
+            if name in self.carried_names or not self._stays(name)
         }
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
@@ -231,7 +319,7 @@ class CosyVoiceS3Model(nn.Module):
             ValueError: names or shapes are not those of this model; all differences are listed.
         """
         own = self.state_dict()
-        learned = {name for name in own if not lies_in(name, self.frozen_parts)}
+        learned = {name for name in own if not self._stays(name)}
         problems = [f"missing: {name}" for name in learned - state.keys()]
         problems += [f"unknown: {name}" for name in state.keys() - own.keys()]
         problems += [
@@ -248,29 +336,51 @@ class CosyVoiceS3Model(nn.Module):
         self.load_state_dict(own | state)
         self.carried_names = frozenset(state.keys() - learned)
 
-    def _prefix_rows(self, batch: Batch) -> list[Tensor]:
-        """`[sos] [speaker] [text] [task]` of each row, unpadded: B tensors [P_b, D]."""
-        text = self._text_vectors(batch)
+    def _read(self, batch: Batch) -> _Reading:
+        """`[sos] [speaker] [text] [task]` of each row, unpadded, and what the quantizer asks for."""
+        text, lengths, heard = self._text_vectors(batch)
         sos, task = self.llm.llm_embedding.weight[[SOS_ROW]], self.llm.llm_embedding.weight[[TASK_ROW]]
-        speakers = self._speaker_vectors(batch)
-        return [
+        rows = [
             torch.cat([sos, speaker, row[:length], task])
-            for speaker, row, length in zip(speakers, text, batch.text_lengths.tolist(), strict=True)
+            for speaker, row, length in zip(self._speaker_vectors(batch), text, lengths.tolist(), strict=True)
         ]
+        words = torch.zeros_like(batch.text_lengths)
+        if heard is None or heard.commitment_loss is None or not self.training:
+            return _Reading(rows, text.new_zeros(len(rows)), words)
+        words = word_starts(batch.word_ids, batch.text_lengths).sum(dim=1)
+        return _Reading(rows, heard.commitment_loss * words, words)
 
-    def _text_vectors(self, batch: Batch) -> Tensor:
-        """The text at the LM's width, [B, T, D]."""
+    def _text_vectors(self, batch: Batch) -> tuple[Tensor, Tensor, _Heard | None]:
+        """The text at the LM's width [B, T', D], its lengths [B], and the speech that is in it."""
         if self.aggregator is None:
             encoded, _ = self.llm.encode(batch.text, batch.text_lengths)
-            return encoded
-        speech = self.aggregator(*self._heard(batch))
-        return self.input_proj(self.text_norm(batch.text) + self.speech_norm(speech))
+            return encoded, batch.text_lengths, None
+        heard = self._hear(batch)
+        if self.variant == "simple":
+            fused = self.input_proj(self.text_norm(batch.text) + self.speech_norm(heard.vectors))
+            return fused, batch.text_lengths, heard
+        encoded, _ = self.llm.encode(batch.text, batch.text_lengths)
+        speech = self.audio_branch(heard.vectors, batch.text_lengths)
+        return *self.fusion(encoded, batch.text_lengths, speech, batch.text_lengths), heard
 
-    def _heard(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the aggregator reads, known to be there: text, final, mid, speech lengths."""
+    def _hear(self, batch: Batch) -> _Heard:
+        """The speech of each text token: aggregated, averaged over words, quantized, as far as the variant does it."""
+        if batch.codes is not None:
+            if self.quantizer is None:
+                raise ValueError(f"variant {self.variant!r} reads no codes; only 'taste' has a quantizer")
+            return _Heard(self.quantizer.decode(batch.codes), batch.codes)
+        vectors = self.aggregate(batch)
+        if self.quantizer is None:
+            return _Heard(vectors)
+        valid = valid_mask(batch.text_lengths, vectors.shape[1])
+        quantized = self.quantizer(vectors, valid, word_starts(batch.word_ids, batch.text_lengths))
+        return _Heard(quantized.vectors, quantized.codes, quantized.commitment_loss)
+
+    def _speech_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the aggregator hears, known to be there: final, mid, speech lengths."""
         if batch.speech_final is None or batch.speech_mid is None or batch.speech_lengths is None:
             raise ValueError(f"variant {self.variant!r} needs Whisper features, and the batch has none")
-        return batch.text, batch.speech_final, batch.speech_mid, batch.speech_lengths
+        return batch.speech_final, batch.speech_mid, batch.speech_lengths
 
     def _speaker_vectors(self, batch: Batch) -> Tensor:
         """The speaker's position, [B, 1, D]; [B, 0, D] when it is switched off."""
@@ -282,46 +392,32 @@ class CosyVoiceS3Model(nn.Module):
             )
         return self.llm.spk_embed_affine_layer(F.normalize(batch.speaker, dim=1))[:, None]
 
+    def _stays(self, name: str) -> bool:
+        """Whether training leaves a weight as it is."""
+        return lies_in(name, self.frozen_parts) and not is_adapter(name)
+
     def _parts_that_rest(self, freeze_llm: bool) -> tuple[str, ...]:
         """Names of the submodules that do not learn."""
         if freeze_llm:
             return ("llm",)
         resting = ["llm.text_embedding"]
-        if self.aggregator is not None:
+        if self.variant == "simple":
             resting += ["llm.text_encoder", "llm.text_encoder_affine_layer"]
         if not self.use_speaker:
             resting.append("llm.spk_embed_affine_layer")
         return tuple(resting)
 
 
-def build_model(
-    model_dir: str | Path, variant: str, *, speech_width: int | None, freeze_llm: bool, use_speaker: bool
-) -> CosyVoiceS3Model:
-    """Load the pretrained language model and put the new parts beside it.
+def is_pretrained(name: str) -> bool:
+    """Whether the model folder holds a weight.
 
     Args:
-        model_dir: a model folder in the released layout.
-        variant: one of `VARIANTS`.
-        speech_width: channels of the Whisper features; not looked at by `text_only`.
-        freeze_llm: see `CosyVoiceS3Model`.
-        use_speaker: see `CosyVoiceS3Model`.
+        name: of a weight of the model.
 
     Returns:
-        the model, its new parts drawn from torch's global random generator.
-
-    Raises:
-        FileNotFoundError: the folder lacks a file.
-        ValueError: the variant is unknown, or needs Whisper features and there are none.
+        True where it does; False for a variant's own parts, and for adapters.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    llm = load_part(model_dir, "llm")
-    aggregator = None
-    if variant == "simple":
-        if speech_width is None:
-            raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
-        aggregator = SimpleTextSpeechAggregator(llm.text_embedding.embedding_dim, speech_width)
-    return CosyVoiceS3Model(llm, aggregator, variant=variant, freeze_llm=freeze_llm, use_speaker=use_speaker)
+    return lies_in(name, [PRETRAINED_PART]) and not is_adapter(name)
 
 
 def lies_in(name: str, parts: Sequence[str]) -> bool:
@@ -340,3 +436,14 @@ def lies_in(name: str, parts: Sequence[str]) -> bool:
 def _lengths_of(rows: list[Tensor]) -> Tensor:
     """[B], int64, on the rows' device."""
     return torch.tensor([len(row) for row in rows], device=rows[0].device)
+
+
+def _check_parts(variant: str, parts: dict[str, nn.Module | None]) -> None:
+    """Refuse a variant with parts that are not its own, or without some that are."""
+    if variant not in PARTS:
+        raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    needed, given = set(PARTS[variant]), {name for name, part in parts.items() if part is not None}
+    problems = [f"needs: {', '.join(sorted(needed - given))}"] if needed - given else []
+    problems += [f"takes no: {', '.join(sorted(given - needed))}"] if given - needed else []
+    if problems:
+        raise ValueError(f"variant {variant!r} {'; '.join(problems)}")

@@ -57,6 +57,37 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: i
     _save(figure, path)
 
 
+def plot_comparison(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]], bars: Sequence[tuple[str, float, float | None]]
+) -> None:
+    """Draw how variants learn, and what each reaches with its recording and with a wrong one.
+
+    Args:
+        path: the picture to write.
+        histories: of each variant, as for `plot_losses`.
+        bars: variant, top-5, and top-5 with another utterance's recording; None where it hears none.
+    """
+    figure, (losses, reached) = _new_figure(1, 2, (11, 4.2))
+    for number, (variant, history) in enumerate(histories.items()):
+        _line(losses, history, "test", "loss", f"C{number}", "-", variant)
+    losses.set(title="Test loss", xlabel="epoch", ylabel="nats for each unit")
+    losses.xaxis.get_major_locator().set_params(integer=True)
+    losses.grid(alpha=0.25)
+    losses.legend(frameon=False)
+    places = np.arange(len(bars))
+    for shift, colour, values, label in (
+        (-0.2, TRAIN_COLOUR, [top5 for _, top5, _ in bars], "its own recording"),
+        (0.2, QUIET_COLOUR, [np.nan if wrong is None else wrong for _, _, wrong in bars], "another one"),
+    ):
+        drawn = reached.bar(places + shift, values, 0.38, color=colour, label=label)
+        reached.bar_label(drawn, [f"{value:.3f}" if np.isfinite(value) else "" for value in values], fontsize=8)
+    everything = [value for _, top5, wrong in bars for value in (top5, wrong) if value is not None]
+    reached.set(title="Teacher-forced top-5 on the test set", ylim=(max(0.0, min(everything) - 0.1), None))
+    reached.set_xticks(places, [variant for variant, _, _ in bars])
+    reached.legend(frameon=False, loc="upper left")
+    _save(figure, path)
+
+
 def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> None:
     """Draw true against generated S3 units over time, one panel an utterance.
 

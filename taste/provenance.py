@@ -72,3 +72,19 @@ def check_made_with(path: str | os.PathLike[str], made_with: Mapping[str, object
             raise ValueError("the outputs were made differently:\n" + "\n".join(changes) + f"\n{remedy}")
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(dict(made_with), indent=2) + "\n", encoding="utf-8")
+
+
+def noted_models(info_path: str | os.PathLike[str]) -> dict[str, object] | None:
+    """What stage 1 noted about the models that made its features.
+
+    Args:
+        info_path: the utt2info file; the note lies beside it.
+
+    Returns:
+        the note; None where there is none, as beside features of other scripts.
+    """
+    path = Path(info_path).with_suffix(".made_with.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -207,6 +207,55 @@ def read_original(decoder: UnitDecoder, audio_path: str | None) -> torch.Tensor 
         return None
 
 
+def describe_model(model: CosyVoiceS3Model) -> str:
+    """One line about what learns.
+
+    Args:
+        model: the model.
+
+    Returns:
+        the line.
+    """
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    return f"model {model.variant}: {learning:,} of {everything:,} parameters learn"
+
+
+def describe_start(start: dict[str, Any]) -> str:
+    """One line about the weights that a run starts with.
+
+    Args:
+        start: what `start_from` noted.
+
+    Returns:
+        the line.
+    """
+    new = f"; new: {', '.join(start['new_parts'])}" if start["new_parts"] else ""
+    return f"starting from {start['checkpoint']} ({start['variant']}, epoch {start['epoch']}){new}"
+
+
+def describe_fit(fitted: dict[str, Any]) -> str:
+    """One line about how well the new parts fit before training.
+
+    Args:
+        fitted: what `fit_new_parts` noted.
+
+    Returns:
+        the line.
+    """
+    parts = []
+    if "text_explained" in fitted:
+        parts.append(f"the projection gives {fitted['text_explained']:.0%} of what the text encoder says")
+    if "attention_on_token" in fitted:
+        parts.append(
+            f"{fitted['attention_on_token']:.0%} of a token's attention is where it was found spoken (evenly spread: "
+            f"{fitted['attention_on_token_evenly']:.0%})"
+        )
+    if "code_usage" in fitted:
+        parts.append(f"training words use {', '.join(f'{share:.0%}' for share in fitted['code_usage'])} of the codes")
+    return f"new parts fitted to {fitted['utterances']} utterances: {', '.join(parts)}"
+
+
 def epoch_line(entry: dict[str, Any]) -> str:
     """One epoch's scores.
 
@@ -244,6 +293,14 @@ def summary(results: dict[str, Any], run_folder: Path) -> str:
     rows += [
         (f"attention: {name.replace('_', ' ')}", f"{value:.3f}") for name, value in results.get("attention", {}).items()
     ]
+    rows += [
+        (f"{name}: top-5", f"{scores['top5']:.3f}" if isinstance(scores, dict) else scores)
+        for name, scores in results.get("controls", {}).items()
+    ]
+    if codes := results.get("codes"):
+        rows.append(("codes: bits a second", f"{codes['bits_per_second']:.0f}, {codes['words_per_second']:.2f} words"))
+        rows.append(("codes: used of each level", ", ".join(map(str, codes["used"]))))
+        rows.append(("codes: perplexity", ", ".join(f"{level:.0f}" for level in codes["perplexity"])))
     if "wavs" in results:
         rows.append(("wav files", f"{len(results['wavs'])} in {run_folder / 'wavs'}"))
     width = max(len(name) for name, _ in rows)

@@ -15,12 +15,14 @@ from taste.model import CosyVoiceS3Model, Scores
 
 @dataclass
 class Totals:
-    """Sums over targets (units, and one EOS an utterance), and the averages that follow from them."""
+    """Sums over targets (units, and one EOS an utterance) and over words, and the averages that follow from them."""
 
     loss_sum: float = 0.0  # nats
     top1_count: float = 0.0
     top5_count: float = 0.0
     target_count: float = 0.0
+    commitment_sum: float = 0.0  # the quantizer's loss, in training
+    word_count: float = 0.0  # words that it is summed over
 
     @classmethod
     def of(cls, scores: Scores) -> "Totals":
@@ -38,13 +40,14 @@ class Totals:
         return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
 
     def as_list(self) -> list[float]:
-        """The four sums, in order."""
-        return [self.loss_sum, self.top1_count, self.top5_count, self.target_count]
+        """The sums, in order."""
+        return list(vars(self).values())
 
     def averages(self) -> dict[str, float]:
-        """`loss` in nats a target, `top1` and `top5` as shares of the targets."""
+        """`loss` in nats a target, `top1` and `top5` as shares of the targets; `commitment` a word, where there is."""
         sums = {"loss": self.loss_sum, "top1": self.top1_count, "top5": self.top5_count}
-        return {name: value / self.target_count for name, value in sums.items()}
+        averages = {name: value / self.target_count for name, value in sums.items()}
+        return averages | ({"commitment": self.commitment_sum / self.word_count} if self.word_count else {})
 
 
 def evaluate(

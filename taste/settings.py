@@ -58,6 +58,22 @@ class Settings:
         """Every setting by its lower-case name, as JSON knows values (a path is text, a tuple is a list)."""
         return {name: _as_json(value) for name, value in self._values.items()}
 
+    def replaced(self, **changes: Any) -> "Settings":
+        """The same settings with other values.
+
+        Args:
+            **changes: values by lower-case name.
+
+        Returns:
+            new settings.
+
+        Raises:
+            AttributeError: there is no such setting.
+        """
+        for name in changes:
+            getattr(self, name)
+        return Settings(self._constants, self._values | changes)
+
     def describe(self) -> str:
         """A table with one setting a line; a value that is not the script's own shows what that was."""
         name_width = max((len(constant.name) for constant in self._constants), default=0)

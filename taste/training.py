@@ -17,7 +17,7 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
-from taste.model import PRETRAINED_PART, CosyVoiceS3Model, lies_in
+from taste.model import CosyVoiceS3Model, is_pretrained
 from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
 
@@ -71,7 +71,8 @@ class Trainer:
     """Trains a model, evaluates it after each epoch, and saves it so that a run can go on exactly.
 
     The loss of a step is averaged over all targets of all its batches in all processes: how utterances are spread over
-    batches, accumulated batches and processes changes nothing but rounding.
+    batches, accumulated batches and processes changes nothing but rounding. The quantizer's own loss, averaged over all
+    words, is added; its codebooks follow each batch in turn, so there the spreading does change something.
 
     Args:
         model: the model; it is moved to the accelerator's device.
@@ -226,21 +227,23 @@ class Trainer:
         return totals
 
     def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:
-        """The gradient of the loss of a target, over this step's targets in all processes.
+        """The gradient of the loss of a target, and of a word, over this step's targets and words in all processes.
 
         Returns:
             the sums over this process's batches, and the utterances whose loss is no number.
         """
         accelerator, totals, spoiled = self.accelerator, Totals(), []
-        (all_targets,) = sum_over_processes(accelerator, [sum(batch.target_count for batch in batches)])
+        counts = [sum(batch.target_count for batch in batches), sum(batch.word_count for batch in batches)]
+        all_targets, all_words = sum_over_processes(accelerator, counts)
         for number, batch in enumerate(batches):
             last_one = number == len(batches) - 1
             # the processes exchange gradients once a step, while the last batch runs backwards
             with nullcontext() if last_one else accelerator.no_sync(self.wrapped_model):
                 with precision_of(accelerator.device):
                     scores = self.wrapped_model(batch.to(accelerator.device))
+                loss = scores.loss_sums.sum() / all_targets + scores.commitment_sums.sum() / max(1, all_words)
                 # the exchange averages over processes, the loss is a sum over them: undo the division
-                accelerator.backward(scores.loss_sums.sum() * (accelerator.num_processes / all_targets))
+                accelerator.backward(loss * accelerator.num_processes)
             totals += Totals.of(scores)
             losses = zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
             spoiled += [utt_id for utt_id, loss in losses if not math.isfinite(loss)]
@@ -311,8 +314,9 @@ def share_of_peak(step: int, total_steps: int, warmup_steps: int) -> float:
 def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[dict[str, Any]]:
     """Sort what learns by how it learns.
 
-    What the model folder holds is to be changed with care, what is new has everything to learn: each has its own peak
-    learning rate. Weight decay is for matrices; none for biases, norms and embeddings, whose size means something.
+    What the model folder holds is to be changed with care, what is new (adapters too) has everything to learn: each has
+    its own peak learning rate. Weight decay is for matrices; none for biases, norms and embeddings, whose size means
+    something.
 
     Args:
         model: its parameters that ask for a gradient are taken.
@@ -329,7 +333,7 @@ def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[di
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and id(parameter) not in embeddings
-            groups.setdefault((lies_in(name, [PRETRAINED_PART]), decays), []).append(parameter)
+            groups.setdefault((is_pretrained(name), decays), []).append(parameter)
     if not groups:
         raise ValueError(
             f"a frozen {model.variant!r} model has nothing to learn: set FREEZE_LLM = False, choose another VARIANT, "

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from taste.checkpoint import load_checkpoint, weights_fingerprint
-from taste.model import PRETRAINED_PART, CosyVoiceS3Model, lies_in
+from taste.model import PRETRAINED_PART, CosyVoiceS3Model, is_pretrained, lies_in
 
 
 def find_start(init_from: str, exp_dir: Path) -> Path:
@@ -36,7 +36,8 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
     """Give a new model the weights of another run: what both have is copied, what is new keeps its own beginning.
 
     Parts of the other run that have no work in this model (the text encoder in `simple`) are left out. A part that
-    only this model has must be absent from the checkpoint as a whole, and what the checkpoint leaves to the model
+    only this model has (the quantizer of `taste`, started from `taste_novq`) must be absent from the checkpoint as a
+    whole, adapters are new where the checkpoint has none, and what the checkpoint leaves to the model
     folder must be the same in this model's folder: half a match is an error, never a guess.
 
     Args:
@@ -69,7 +70,7 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
         for name in sorted(own.keys() & weights.keys())
         if own[name].shape != weights[name].shape
     ]
-    left_to_folder = {name: own[name] for name in own.keys() - weights.keys() if _part(name) == PRETRAINED_PART}
+    left_to_folder = {name: own[name] for name in own.keys() - weights.keys() if is_pretrained(name)}
     then, now = checkpoint.notes["frozen_weights"], weights_fingerprint(left_to_folder)
     if not problems and then != now:
         problems.append(f"the weights that it left to its model folder: {then} then, {now} in this folder")

@@ -1,6 +1,7 @@
 """Random features and a small model for the tests of stage 3; the language model has the reference's weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from benchmarks.lm_models import build_language_model
 from cosyvoice.utils.model_dir import ModelSizes
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Batch, Example, collate
+from taste.build import TasteSizes, taste_parts
 from taste.data import FeaturePaths, UtteranceDataset, open_dataset
+from taste.fitted_taste import start_quantizer
 from taste.model import CosyVoiceS3Model
 
 GOLDEN_LLM = Path(__file__).parent / "golden" / "small_llm.pt"
@@ -17,19 +20,31 @@ SIZES = ModelSizes(
     text_vocab=120, text_width=24, lm_width=32, speech_vocab=64, spk_width=192, sample_rate=22_050, token_rate=50
 )
 SPEECH_WIDTH = 20
+TASTE_SIZES = TasteSizes(
+    aggregator_heads=4, audio_blocks=1, audio_heads=4, audio_units=40, codebooks=3, codebook_size=8, codebook_width=12
+)
 FRAMES_PER_SECOND = 50
 
 
-def small_model(variant: str = "simple", dropout: float | None = None, **options) -> CosyVoiceS3Model:
-    """A model in eval mode; `dropout` replaces the configured probability."""
+def small_model(
+    variant: str = "simple", dropout: float | None = None, sizes: dict | None = None, started: bool = True, **options
+) -> CosyVoiceS3Model:
+    """A model in eval mode; `dropout` replaces the configured probability, `sizes` some of TASTE_SIZES."""
+    sizes = sizes or {}
     llm = build_language_model("small")
     llm.load_state_dict(torch.load(GOLDEN_LLM, weights_only=True))
     torch.manual_seed(1)
-    aggregator = SimpleTextSpeechAggregator(SIZES.text_width, SPEECH_WIDTH) if variant == "simple" else None
-    model = CosyVoiceS3Model(llm, aggregator, variant=variant, **options)
+    parts = {}
+    if variant == "simple":
+        parts = {"aggregator": SimpleTextSpeechAggregator(SIZES.text_width, SPEECH_WIDTH)}
+    elif variant.startswith("taste"):
+        parts = taste_parts(variant, SIZES.text_width, SPEECH_WIDTH, llm.llm_input_size, replace(TASTE_SIZES, **sizes))
+    model = CosyVoiceS3Model(llm, variant=variant, **parts, **options)
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout) and dropout is not None:
             part.p = dropout
+    if model.quantizer is not None and started:
+        start_quantizer(model, random_examples([(6, 20)] * 12, seed=9))
     return model.eval()
 
 
@@ -48,6 +63,8 @@ def random_examples(lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[E
             speech_mid=draw(units, SPEECH_WIDTH),
             speaker=draw(SIZES.spk_width),
             units=torch.randint(0, SIZES.speech_vocab, (units,), generator=generator),
+            text_tokens=torch.arange(tokens) + 10 * number,
+            word_ids=torch.arange(tokens) * 2 // 3,  # words of two tokens and of one take turns
         )
         for number, (tokens, units) in enumerate(lengths)
     ]
@@ -77,6 +94,8 @@ def write_features(folder: Path, split: str, examples: Sequence[Example], speake
             "text": "some words",
             "spk_embedding": example.speaker,
             "duration_s": len(example.units) / FRAMES_PER_SECOND,
+            "text_token": example.text_tokens,
+            "word_id": example.word_ids,
         }
         for example in examples
     }

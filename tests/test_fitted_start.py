@@ -63,7 +63,7 @@ def test_speech_begins_quiet_and_differs_from_token_to_token(dataset):
     model = small_model()
     fit_new_parts(model, dataset)
     batch = collate([dataset[index] for index in range(len(dataset))])
-    vectors = model.aggregator(*model._heard(batch)).flatten(0, 1)
+    vectors = model.aggregate(batch).flatten(0, 1)
     heard = vectors.std(dim=0)  # the channels that have anything to say: as many as the speech has
     assert bool((heard[: model.aggregator.speech_width] > 0.5).all())
     assert vectors.mean(dim=0).abs().max() < 1e-3

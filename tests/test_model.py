@@ -10,7 +10,7 @@ from taste.model import CosyVoiceS3Model
 from tests.small_stage3 import SIZES, SPEECH_WIDTH, random_batch, random_examples, small_model
 
 LENGTHS = [(4, 11), (7, 6), (2, 15), (1, 1)]  # text tokens, units: neither sorted nor alike
-VARIANTS = ["text_only", "simple"]
+VARIANTS = ["text_only", "simple", "taste_novq", "taste"]
 CONFIGURATIONS = [(variant, speaker) for variant in VARIANTS for speaker in (True, False)]
 
 
@@ -155,6 +155,14 @@ def test_a_model_without_the_speaker_position_ignores_the_speaker(batch):
             | {"llm.speech_embedding"},
         ),
         ("text_only", {"freeze_llm": True}, set()),
+        ("taste_novq", {"freeze_llm": True}, {"aggregator", "audio_branch", "fusion"}),
+        (
+            "taste",
+            {"freeze_llm": False},
+            {"aggregator", "audio_branch", "fusion", "quantizer"}
+            | {f"llm.{n}" for n in ("text_encoder", "text_encoder_affine_layer", "llm", "llm_embedding", "llm_decoder")}
+            | {"llm.speech_embedding", "llm.spk_embed_affine_layer"},
+        ),
     ],
 )
 def test_exactly_the_learning_parts_get_gradients_and_leave_eval_mode(variant, options, learning, batch):

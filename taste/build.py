@@ -1,0 +1,146 @@
+"""Puts a variant's parts beside the pretrained language model of a model folder."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cosyvoice.utils.model_dir import load_part
+from taste.aggregator import SimpleTextSpeechAggregator
+from taste.audio_branch import AudioBranch
+from taste.fusion import build_fusion
+from taste.model import PARTS, VARIANTS, CosyVoiceS3Model
+from taste.quantizer import WordQuantizer
+from taste.settings import Settings
+from taste.taste_aggregator import TasteAggregator
+
+
+@dataclass(frozen=True)
+class TasteSizes:
+    """The sizes of what `taste_novq` and `taste` have beside the language model; the defaults are the paper's."""
+
+    aggregator_layers: int = 2
+    aggregator_heads: int = 20
+    audio_blocks: int = 2
+    audio_heads: int = 8
+    audio_units: int = 2048  # width of the audio branch's feed-forward networks
+    audio_dropout: float = 0.1
+    fusion: str = "weighted_sum"  # weighted_sum, sum, concat, concat_with_sep
+    fusion_start: str = "balance"  # of the weighted sum: balance, zero_audio
+    codebooks: int = 4
+    codebook_size: int = 512
+    codebook_width: int = 256
+    quantize_dropout: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings) -> "TasteSizes":
+        """The sizes that a script's settings name.
+
+        Args:
+            settings: with a setting for each field.
+
+        Returns:
+            the sizes.
+        """
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TasteSizes":
+        """The sizes among the settings that a run noted.
+
+        Args:
+            values: settings by their lower-case names.
+
+        Returns:
+            the sizes.
+        """
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def build_model(
+    model_dir: str | Path,
+    variant: str,
+    *,
+    speech_width: int | None,
+    freeze_llm: bool,
+    use_speaker: bool,
+    lora_rank: int = 0,
+    taste_sizes: TasteSizes | None = None,
+) -> CosyVoiceS3Model:
+    """Load the pretrained language model and put the new parts beside it.
+
+    Args:
+        model_dir: a model folder in the released layout.
+        variant: one of `VARIANTS`.
+        speech_width: channels of the Whisper features; not looked at by `text_only`.
+        freeze_llm: see `CosyVoiceS3Model`.
+        use_speaker: see `CosyVoiceS3Model`.
+        lora_rank: see `CosyVoiceS3Model`.
+        taste_sizes: of the parts of `taste_novq` and `taste`; None: the paper's.
+
+    Returns:
+        the model, its new parts drawn from torch's global random generator.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: the variant is unknown, needs Whisper features and there are none, or a size does not fit.
+    """
+    if variant not in PARTS:
+        raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
+    if PARTS[variant] and speech_width is None:
+        raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
+    llm = load_part(model_dir, "llm")
+    text_width, llm_width = llm.text_embedding.embedding_dim, llm.llm_input_size
+    parts: dict[str, nn.Module] = {}
+    if variant == "simple":
+        parts = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
+    elif PARTS[variant]:
+        parts = taste_parts(variant, text_width, speech_width, llm_width, taste_sizes or TasteSizes())
+    options = {"variant": variant, "freeze_llm": freeze_llm, "use_speaker": use_speaker, "lora_rank": lora_rank}
+    return CosyVoiceS3Model(llm, **parts, **options)
+
+
+def taste_parts(
+    variant: str, text_width: int, speech_width: int, llm_width: int, taste_sizes: TasteSizes
+) -> dict[str, nn.Module]:
+    """What `taste_novq` and `taste` have beside the language model.
+
+    Args:
+        variant: one of the two.
+        text_width: channels of the text embeddings.
+        speech_width: channels of the Whisper features.
+        llm_width: channels that the language model reads.
+        taste_sizes: everything else.
+
+    Returns:
+        modules by the names that `CosyVoiceS3Model` takes them with.
+
+    Raises:
+        ValueError: a size does not fit another one.
+    """
+    given = taste_sizes
+    parts: dict[str, nn.Module] = {
+        "aggregator": TasteAggregator(
+            text_width, speech_width, layers=given.aggregator_layers, heads=given.aggregator_heads
+        ),
+        "audio_branch": AudioBranch(
+            speech_width,
+            text_width,
+            llm_width,
+            blocks=given.audio_blocks,
+            heads=given.audio_heads,
+            linear_units=given.audio_units,
+            dropout=given.audio_dropout,
+        ),
+        "fusion": build_fusion(given.fusion, width=llm_width, start=given.fusion_start),
+    }
+    if "quantizer" in PARTS[variant]:
+        parts["quantizer"] = WordQuantizer(
+            speech_width,
+            codebook_width=given.codebook_width,
+            levels=given.codebooks,
+            codes=given.codebook_size,
+            quantize_dropout=given.quantize_dropout,
+        )
+    return parts

@@ -1,0 +1,99 @@
+"""Data sets that tell a model something wrong about how a text was spoken: what it gains by listening must go."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from taste.batch import Example
+from taste.data import UtteranceDataset
+
+# A Whisper frames, 50 Hz   D channels
+
+FRAMES_PER_SECOND = 50
+
+
+class OtherRecording(Dataset[Example]):
+    """The utterances of a data set, each with the Whisper features of another one.
+
+    Args:
+        dataset: at least two utterances.
+
+    Raises:
+        ValueError: there is only one.
+    """
+
+    def __init__(self, dataset: UtteranceDataset) -> None:
+        if len(dataset) < 2:
+            raise ValueError("one utterance cannot hear another one's recording")
+        self.dataset = dataset
+        self.lengths = dataset.lengths
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        other = self.dataset[(index + len(self) // 2) % len(self)]  # half-way round: often of another speaker too
+        return self.dataset[index]._replace(speech_final=other.speech_final, speech_mid=other.speech_mid)
+
+
+class Silence(Dataset[Example]):
+    """The utterances of a data set, each with Whisper features of as much silence.
+
+    Args:
+        dataset: the utterances.
+        final: Whisper's last features of silence, [A, D], as long as the longest recording.
+        mid: a middle layer's, [A, D].
+    """
+
+    def __init__(self, dataset: UtteranceDataset, final: Tensor, mid: Tensor) -> None:
+        self.dataset, self.final, self.mid = dataset, final, mid
+        self.lengths = dataset.lengths
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.dataset[index]
+        frames = len(example.speech_final)
+        return example._replace(speech_final=self.final[:frames], speech_mid=self.mid[:frames])
+
+
+def controls_of(
+    dataset: UtteranceDataset, score: Callable[[Any], dict[str, float]], whisper_dir: str, mid_layer: int
+) -> dict[str, Any]:
+    """Score a data set with wrong recordings.
+
+    Args:
+        dataset: the utterances, with Whisper features.
+        score: gives the scores of a data set.
+        whisper_dir: Whisper in transformers' format, which listens to silence.
+        mid_layer: the layer that the features were taken from.
+
+    Returns:
+        `shuffled` and `silenced`: what `score` gave, or why it could not be asked, as text.
+    """
+    results: dict[str, Any] = {}
+    for name, make in (
+        ("shuffled", lambda: OtherRecording(dataset)),
+        ("silenced", lambda: _silence(dataset, whisper_dir, mid_layer)),
+    ):
+        try:
+            results[name] = score(make())
+        except (ValueError, OSError) as error:
+            results[name] = f"not measured: {error}"
+    return results
+
+
+def _silence(dataset: UtteranceDataset, whisper_dir: str, mid_layer: int) -> Silence:
+    from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder
+
+    frames = max(len(dataset[index].speech_final) for index in range(len(dataset)))
+    whisper = WhisperEncoder(whisper_dir, mid_layer, torch.device("cpu"), torch.float32)
+    if whisper.width != dataset.speech_width:
+        raise ValueError(f"the Whisper in {whisper_dir} is {whisper.width} wide, the features {dataset.speech_width}")
+    # whatever a recording's length, Whisper hears it at the head of a window of silence: so this fits all of them
+    (features,) = whisper.encode([torch.zeros(frames * SAMPLE_RATE_HZ // FRAMES_PER_SECOND)])
+    return Silence(dataset, features.final.float(), features.mid.float())

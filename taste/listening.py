@@ -1,0 +1,80 @@
+"""Measures what a trained model makes of what it hears: its codes, and what it loses when the recording is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from taste.batch import collate
+from taste.code_statistics import collapse_warning, describe_codes
+from taste.controls import controls_of
+from taste.data import FRAMES_PER_SECOND, UtteranceDataset
+from taste.model import CosyVoiceS3Model
+from taste.scoring import evaluate
+from taste.settings import Settings
+from taste.words import word_spans
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def listen(
+    settings: Settings,
+    model: CosyVoiceS3Model,
+    test_set: UtteranceDataset,
+    accelerator: "Accelerator",
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure a model that hears recordings.
+
+    Args:
+        settings: NEGATIVE_CONTROLS, the batch size, CODEBOOK_SIZE, and where Whisper is.
+        model: on the accelerator's device.
+        test_set: utterances to measure on.
+        accelerator: device and processes; each calls this.
+        say: takes what a person should know.
+
+    Returns:
+        results for metrics.json: `controls` (scores with another utterance's recording, with silence), and of a
+        quantizer `codes`; nothing for a model that hears nothing.
+    """
+    model.eval()
+    results: dict[str, Any] = {}
+    if model.aggregator is not None and settings.negative_controls:
+        results["controls"] = controls_of(
+            test_set,
+            lambda dataset: evaluate(model, dataset, settings.batch_size, accelerator).averages(),
+            settings.whisper_dir or str(Path(settings.cosyvoice_model_dir) / "whisper"),
+            settings.mid_layer,
+        )
+    if model.quantizer is not None:
+        codes = codes_of(model, test_set, accelerator.device)
+        seconds = sum(
+            test_set.duration_seconds(utt_id) or len(test_set.features.units[utt_id]) / FRAMES_PER_SECOND
+            for utt_id in test_set.utt_ids
+        )
+        results["codes"] = describe_codes(codes, seconds, model.quantizer.codes)
+        if warning := collapse_warning(results["codes"], model.quantizer.codes):
+            results["codes"]["warning"] = warning
+            say(warning)
+    return results
+
+
+def codes_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: torch.device) -> list[torch.Tensor]:
+    """The codes of each utterance of a data set.
+
+    Args:
+        model: with a quantizer, in eval mode, on the device.
+        dataset: the utterances.
+        device: where to compute.
+
+    Returns:
+        of each utterance [W, L], on the CPU.
+    """
+    codes = []
+    for index in range(len(dataset)):  # one by one: rounding in a larger batch could tip a word over to the next code
+        example = dataset[index]
+        firsts = [start for start, _ in word_spans(example.word_ids)]
+        codes.append(model.encode(collate([example]).to(device))[0, firsts].cpu())
+    return codes

@@ -1,0 +1,86 @@
+"""Lets a trained model speak some test utterances, measures what it says, and makes it sound."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosyvoice.utils.model_dir import get_tokenizer
+from taste.data import UtteranceDataset, spread_evenly
+from taste.generation import Sampling
+from taste.metrics import describe_attention
+from taste.model import CosyVoiceS3Model
+from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
+from taste.settings import Settings
+from taste.synthesis import UnitDecoder
+from taste.transcript_fit import misfits
+
+
+def show(
+    settings: Settings,
+    model: CosyVoiceS3Model,
+    test_set: UtteranceDataset,
+    run_folder: Path,
+    device: torch.device,
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
+    """Let the model speak some test utterances, measure what it says, and make it sound.
+
+    Args:
+        settings: how many utterances, how units are chosen, and the seed.
+        model: what was trained.
+        test_set: utterances to choose from.
+        run_folder: where pictures and sounds are written.
+        device: where the model is.
+        stop_requested: asked between batches.
+
+    Returns:
+        results for metrics.json; nothing where GENERATE_UTTERANCES is 0.
+
+    Raises:
+        RunStopped: it was asked to stop.
+    """
+    if not settings.generate_utterances:
+        return {}
+    shown = test_set.subset(spread_evenly(len(test_set), settings.generate_utterances))
+    torch.manual_seed(settings.seed)
+    sampling = sampling_of(settings)
+    units = generate_units(model, shown, settings.generate_batch_size, sampling, device, stop_requested)
+    results: dict[str, Any] = {"generation": report_units(shown, units, run_folder)}
+    weights = attention_of(model, shown, device) if model.aggregator else []
+    if weights:
+        results["attention"] = describe_attention(weights)
+        _warn_of_misfits(shown, weights)
+    if settings.decode_wavs:
+        decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
+        chosen = spread_evenly(len(shown), settings.decode_wavs)
+        decoded, their_units = shown.subset(chosen), units.subset(chosen)
+        results["wavs"] = decode_units(decoder, decoded, their_units, run_folder, settings.seed, stop_requested)
+        if weights:
+            tokenizer = get_tokenizer(settings.cosyvoice_model_dir)
+            draw_alignments([weights[index] for index in chosen], decoder, decoded, tokenizer, run_folder)
+    return results
+
+
+def sampling_of(settings: Settings) -> Sampling:
+    """How units are chosen.
+
+    Args:
+        settings: SAMPLING, TOP_K and the window of lengths.
+
+    Returns:
+        the sampling.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    return Sampling(settings.sampling, settings.top_k, settings.least_units_per_token, settings.most_units_per_token)
+
+
+def _warn_of_misfits(dataset: UtteranceDataset, weights: list[torch.Tensor]) -> None:
+    """Name the utterances whose text the model does not find in the recording."""
+    for index, (utt_id, rows) in enumerate(zip(dataset.utt_ids, weights, strict=True)):
+        example = dataset[index]
+        if example.word_ids is not None and (signs := misfits(example.word_ids, len(rows[0]), rows)):
+            print(f"warning: {utt_id}: the transcript may not fit the recording: {'; '.join(signs)}")

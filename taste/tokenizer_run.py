@@ -1,0 +1,136 @@
+"""Encodes the recordings of a manifest to files of codes, and decodes such files to sound."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from taste.audio import write_wav
+from taste.code_files import read_codes, write_codes
+from taste.failures import Failure, list_failures
+from taste.manifest import read_manifest
+from taste.settings import Settings
+from taste.shown import sampling_of
+from taste.tokenizer import TasteTokenizer
+from taste.training import RunStopped
+from taste.variant_run import run_folder_of
+
+CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
+
+
+def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
+    """Open the tokenizer that a run has trained.
+
+    Args:
+        settings: the run, or in RESUME a checkpoint, and the folders of the models.
+        device: where to compute.
+
+    Returns:
+        the tokenizer.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint, or a file is missing.
+        ValueError: it is of another variant, or does not fit.
+    """
+    path = run_folder_of(settings) / "checkpoints" / "best.pt"
+    if settings.resume not in ("auto", "never"):
+        path = Path(settings.resume)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no tokenizer {path}; train one: python model_code.py --variant taste, and name it with "
+            "--variant taste, --run-name or --resume"
+        )
+    return TasteTokenizer.open(path, settings.cosyvoice_model_dir, settings.whisper_dir, settings.mid_layer, device)
+
+
+def encode_manifest(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> None:
+    """Write the codes of every recording of a manifest, `<run>/codes/<utterance>.json`.
+
+    Args:
+        settings: ENCODE_JSONL and CODES_DIR; and what `open_tokenizer` reads.
+        device: where to compute.
+        stop_requested: asked between recordings.
+
+    Raises:
+        RunStopped: it was asked to stop.
+        ValueError: the manifest or the model cannot be used, or no recording could be.
+        OSError: a file is missing, or the disk is full.
+    """
+    utterances = read_manifest(settings.encode_jsonl)
+    tokenizer = open_tokenizer(settings, device)
+    folder = codes_folder(settings)
+    failures, words, seconds = [], 0, 0.0
+    for utterance in utterances:
+        _leave_if_asked(stop_requested)
+        try:
+            spoken = tokenizer.encode(utterance.audio_path, utterance.text)
+        except ValueError as error:
+            failures.append(Failure(utterance.utt_id, str(utterance.audio_path), str(error)))
+            print(f"failed: {utterance.utt_id}: {error}")
+            continue
+        for doubt in spoken.doubts:
+            print(f"warning: {utterance.utt_id}: the transcript may not fit the recording: {doubt}")
+        write_codes(folder / f"{utterance.utt_id}.json", spoken)
+        words, seconds = words + len(spoken.words), seconds + spoken.seconds
+    list_failures(folder.with_suffix(".json"), failures)
+    if not words:
+        raise ValueError(f"no recording of {settings.encode_jsonl} could be encoded")
+    bits = words * tokenizer.levels * math.log2(tokenizer.codebook_size) / seconds
+    done = len(utterances) - len(failures)
+    print(f"{done} of {len(utterances)} recordings, {words} words, {seconds:.1f} s: {bits:.0f} bit/s, in {folder}")
+
+
+def decode_folder(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> None:
+    """Speak every file of codes, `<run>/decoded/<utterance>.wav`.
+
+    Args:
+        settings: CODES_DIR, how units are chosen, the seed; and what `open_tokenizer` reads.
+        device: where to compute.
+        stop_requested: asked between files.
+
+    Raises:
+        RunStopped: it was asked to stop.
+        ValueError: a file is no file of codes, or holds those of another model.
+        OSError: a file is missing, or the disk is full.
+    """
+    folder = codes_folder(settings)
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} holds no codes; write some: python model_code.py --mode encode, or name a folder: --codes-dir"
+        )
+    tokenizer = open_tokenizer(settings, device)
+    all_spoken = {path: read_codes(path) for path in paths}
+    for path, spoken in all_spoken.items():
+        try:
+            tokenizer.check_mine(spoken)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    written = run_folder_of(settings) / DECODED_FOLDER
+    for path, spoken in all_spoken.items():
+        _leave_if_asked(stop_requested)
+        try:
+            sampling = sampling_of(settings)
+            waveform = tokenizer.decode(spoken.codes, spoken.text, spoken.speaker, sampling, settings.seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        write_wav(written / f"{path.stem}.wav", waveform, tokenizer.sample_rate_hz)
+    print(f"{len(paths)} wav files in {written}")
+
+
+def codes_folder(settings: Settings) -> Path:
+    """Where codes lie.
+
+    Args:
+        settings: CODES_DIR and the run.
+
+    Returns:
+        the folder.
+    """
+    return Path(settings.codes_dir) if settings.codes_dir else run_folder_of(settings) / CODES_FOLDER
+
+
+def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
+    if stop_requested():
+        raise RunStopped("stopped; what was written is whole")

@@ -1,0 +1,389 @@
+"""One run of stage 3: a variant trained and evaluated, from its settings to its results."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import taste
+from cosyvoice.utils.model_dir import ModelSizes, sizes
+from taste.build import TasteSizes, build_model
+from taste.checkpoint import code_commit, load_checkpoint, write_json
+from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
+from taste.fitted_start import fit_new_parts
+from taste.listening import listen
+from taste.model import PARTS, CosyVoiceS3Model
+from taste.output_lock import OutputLock
+from taste.plots import plot_losses
+from taste.provenance import noted_models
+from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
+from taste.scoring import evaluate
+from taste.settings import Settings
+from taste.shown import show
+from taste.training import Trainer, TrainingConfig
+from taste.transcript_fit import misfits
+from taste.warm_start import find_start, start_from
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# settings that a run cannot change half-way; those that TasteSizes names too, where the variant has such parts
+DECIDES_TRAINING = (
+    *("variant", "init_from", "fit_new_parts", "freeze_llm", "lora_rank", "use_speaker", "batch_size"),
+    *("accumulation_steps", "lr", "new_parts_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
+)
+SHOWN_IDS = 3
+
+
+def run_variant(
+    settings: Settings, accelerator: "Accelerator", loss_curve_path: Path, stop_requested: Callable[[], bool]
+) -> dict[str, Any]:
+    """Train a variant, or go on training, or take it as it is; evaluate it, and let it speak.
+
+    Args:
+        settings: the script's constants, as the command line left them; VARIANT is one variant.
+        accelerator: device and processes.
+        loss_curve_path: picture of the losses.
+        stop_requested: asked between batches.
+
+    Returns:
+        what metrics.json holds; in other processes than the main one, what these know.
+
+    Raises:
+        RunStopped: it was asked to stop.
+        ValueError: something in settings, features or checkpoints does not fit; the message says what.
+        OSError: a file is missing, or the disk is full.
+        OutputBusyError: another process works on this run.
+    """
+    say = print if accelerator.is_main_process else _say_nothing
+    run_folder = run_folder_of(settings)
+    model_sizes = sizes(settings.cosyvoice_model_dir)
+    train_set, test_set = open_data(settings, model_sizes, say)
+    use_speaker = settings.use_speaker and train_set.has_speakers and test_set.has_speakers
+    if settings.use_speaker and not use_speaker:
+        say("no utterance info: the speaker's position is left out (as with --no-use-speaker)")
+    torch.manual_seed(settings.seed)
+    model = build_model(
+        settings.cosyvoice_model_dir,
+        settings.variant,
+        speech_width=train_set.speech_width,
+        freeze_llm=settings.freeze_llm,
+        use_speaker=use_speaker,
+        lora_rank=settings.lora_rank,
+        taste_sizes=TasteSizes.of(settings),
+    )
+    say(describe_model(model))
+
+    with _sole_writer(run_folder, accelerator):
+        checkpoint = find_checkpoint(settings, run_folder)
+        origin = {} if checkpoint else give_first_weights(settings, model, train_set, say)
+        if settings.num_epochs:
+            results = train(
+                settings,
+                model,
+                (train_set, test_set),
+                run_folder,
+                accelerator,
+                checkpoint,
+                origin,
+                loss_curve_path,
+                stop_requested,
+            )
+        else:
+            say(f"evaluating {checkpoint or settings.init_from or 'the model folder as it is'}")
+            results = evaluate_only(settings, model, test_set, accelerator, checkpoint)
+        results |= listen(settings, model, test_set, accelerator, say)
+        if accelerator.is_main_process:
+            results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
+            settings.save(run_folder / "settings.json")
+            write_json(run_folder / "metrics.json", results)
+            print(summary(results, run_folder))
+    return results
+
+
+def run_folder_of(settings: Settings) -> Path:
+    """Where a run writes.
+
+    Args:
+        settings: EXP_DIR, RUN_NAME and VARIANT.
+
+    Returns:
+        the folder.
+    """
+    return Path(settings.exp_dir) / (settings.run_name or settings.variant)
+
+
+def open_data(
+    settings: Settings, model_sizes: ModelSizes, say: Callable[[str], None]
+) -> tuple[UtteranceDataset, UtteranceDataset]:
+    """Open the training set and the test set, or split one off.
+
+    Args:
+        settings: paths, variant, seed.
+        model_sizes: what the features must fit.
+        say: takes what a person should know.
+
+    Returns:
+        training set and test set.
+
+    Raises:
+        FileNotFoundError: a feature file is missing.
+        ValueError: nothing usable, features of another model, or without the words that the variant needs.
+    """
+    train_paths, test_paths = _feature_paths(settings, "train"), _feature_paths(settings, "test")
+    train_set = open_dataset(train_paths, model_sizes)
+    say(train_set.selection.describe("training set"))
+    if any(features_exist(path) for path in (test_paths.units, test_paths.text)):
+        test_set = open_dataset(test_paths, model_sizes)
+        say(test_set.selection.describe("test set"))
+    else:
+        train_set, test_set, what_was_done = hold_out(train_set, settings.seed)
+        say(what_was_done)
+    if "fusion" in PARTS.get(settings.variant, ()):
+        for dataset, path in ((train_set, settings.train_utt2info_path), (test_set, settings.test_utt2info_path)):
+            if not dataset.has_words:
+                raise ValueError(
+                    f"variant {settings.variant!r} averages over words, and not every utterance has text_token and "
+                    f"word_id in {path}. They are made by `python utt2text_and_feature.py --jsonl <manifest>`; the "
+                    "variants text_only and simple go without"
+                )
+            warn_of_misfits(dataset, say)
+    return train_set, test_set
+
+
+def warn_of_misfits(dataset: UtteranceDataset, say: Callable[[str], None]) -> None:
+    """Name the utterances whose recording is too short or too long for what it should say.
+
+    Args:
+        dataset: with words.
+        say: takes what a person should know.
+    """
+    found = {}
+    for index, utt_id in enumerate(dataset.utt_ids):
+        example = dataset[index]
+        if doubts := misfits(example.word_ids, len(example.units)):
+            found[utt_id] = doubts[0]
+    if found:
+        shown = "; ".join(f"{utt_id}: {doubt}" for utt_id, doubt in list(found.items())[:SHOWN_IDS])
+        say(f"warning: {len(found)} transcripts may not fit their recordings; they are used all the same: {shown}")
+
+
+def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
+    """The checkpoint that RESUME means: to go on from, or with NUM_EPOCHS = 0 to evaluate.
+
+    Args:
+        settings: RESUME and NUM_EPOCHS.
+        run_folder: the run's folder.
+
+    Returns:
+        the path; None to start from the model folder.
+
+    Raises:
+        FileNotFoundError: RESUME names a file that is not there.
+    """
+    if settings.resume == "never":
+        return None
+    if settings.resume == "auto":
+        path = run_folder / "checkpoints" / ("last.pt" if settings.num_epochs else "best.pt")
+        return path if path.exists() else None
+    path = Path(settings.resume)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"RESUME is {str(path)!r}: there is no such file; expected auto, never, or a checkpoint"
+        )
+    return path
+
+
+def give_first_weights(
+    settings: Settings, model: CosyVoiceS3Model, train_set: UtteranceDataset, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Give a new run's model the weights of another run, and its new parts theirs.
+
+    Args:
+        settings: INIT_FROM and FIT_NEW_PARTS.
+        model: as `build_model` made it.
+        train_set: what new parts are fitted to.
+        say: takes what a person should know.
+
+    Returns:
+        what was done, as notes: `started_from` and `fitted`, None where nothing was.
+
+    Raises:
+        FileNotFoundError: INIT_FROM names nothing.
+        ValueError: it does not fit.
+    """
+    start = fitted = None
+    new_parts = set(PARTS[model.variant])
+    if settings.init_from:
+        start = start_from(model, find_start(settings.init_from, Path(settings.exp_dir)))
+        new_parts &= set(start["new_parts"])
+        say(describe_start(start))
+    if not settings.fit_new_parts:
+        new_parts &= {"quantizer"}  # its codebooks must come from the training set, or they come from the test set
+    if new_parts:
+        fitted = fit_new_parts(model, train_set, new_parts)
+        say(describe_fit(fitted))
+    return {"started_from": start, "fitted": fitted}
+
+
+def train(
+    settings: Settings,
+    model: CosyVoiceS3Model,
+    sets: tuple[UtteranceDataset, UtteranceDataset],
+    run_folder: Path,
+    accelerator: "Accelerator",
+    checkpoint_path: Path | None,
+    origin: dict[str, Any],
+    loss_curve_path: Path,
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
+    """Train, or go on training, and leave the model with its best weights.
+
+    Args:
+        settings: how.
+        model: what.
+        sets: utterances to learn from, and utterances to choose the best epoch by.
+        run_folder: where everything is written.
+        accelerator: device and processes.
+        checkpoint_path: to go on from; None starts anew.
+        origin: what `give_first_weights` noted; not looked at where there is a checkpoint, which has its own notes.
+        loss_curve_path: picture of the losses.
+        stop_requested: asked between batches.
+
+    Returns:
+        results for metrics.json: history, best epoch, its test scores, checkpoint.
+
+    Raises:
+        RunStopped: it was asked to stop; it has saved.
+        NonFiniteLossError: a loss is no number.
+        ValueError: the checkpoint does not fit the settings.
+    """
+    names = [field.name for field in fields(TrainingConfig)]
+    config = TrainingConfig(**{name: getattr(settings, name) for name in names})
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:
+        origin = {name: checkpoint.notes.get(name) for name in ("started_from", "fitted")}
+    notes = {
+        "settings": settings.to_dict(),
+        "commit": code_commit(taste.REPOSITORY),
+        "features_made_with": noted_models(settings.train_utt2info_path),
+        "use_speaker": model.use_speaker,
+        **origin,
+    }
+
+    def draw(history: list[dict[str, Any]]) -> None:
+        plot_losses(loss_curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
+
+    def show_epoch(history: list[dict[str, Any]]) -> None:
+        print(epoch_line(history[-1]), flush=True)
+        draw(history)
+
+    trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch)
+    if checkpoint:
+        check_same_settings(settings, checkpoint.notes["settings"], checkpoint_path)
+        trainer.resume(checkpoint)
+        if accelerator.is_main_process:
+            print(f"going on from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+            draw(trainer.progress.history)
+    elif accelerator.is_main_process:
+        for old_path in (trainer.last_path, trainer.best_path):
+            for file in (old_path, old_path.with_suffix(".json")):
+                file.unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        settings.save(run_folder / "settings.json")
+    progress = trainer.fit()
+    model.load_learned_state(load_checkpoint(trainer.best_path).weights)
+    return {
+        "checkpoint": str(trainer.best_path),
+        **origin,
+        "test": progress.history[progress.best_epoch]["test"],
+        "best_epoch": progress.best_epoch,
+        "history": progress.history,
+    }
+
+
+def evaluate_only(
+    settings: Settings,
+    model: CosyVoiceS3Model,
+    test_set: UtteranceDataset,
+    accelerator: "Accelerator",
+    checkpoint_path: Path | None,
+) -> dict[str, Any]:
+    """Score a model without training it.
+
+    Args:
+        settings: the batch size.
+        model: it gets the checkpoint's weights.
+        test_set: utterances to score.
+        accelerator: device and processes.
+        checkpoint_path: weights; None scores the model as it is.
+
+    Returns:
+        results for metrics.json.
+
+    Raises:
+        ValueError: the checkpoint does not fit the model.
+    """
+    results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.init_from or settings.cosyvoice_model_dir)}
+    if checkpoint_path:
+        checkpoint = load_checkpoint(checkpoint_path)
+        model.load_learned_state(checkpoint.weights)
+        results |= {name: checkpoint.notes["progress"][name] for name in ("best_epoch", "history")}
+    scores = evaluate(model.to(accelerator.device), test_set, settings.batch_size, accelerator)
+    return results | {"test": scores.averages()}
+
+
+def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_path: Path) -> None:
+    """Refuse to go on where that would mix two trainings.
+
+    Args:
+        settings: of this run.
+        earlier: those the checkpoint was written with; what it does not name did not exist then.
+        checkpoint_path: it.
+
+    Raises:
+        ValueError: a setting that decides the training differs (all are named).
+    """
+    now = settings.to_dict()
+    names = DECIDES_TRAINING
+    if "fusion" in PARTS.get(settings.variant, ()):
+        names += tuple(field.name for field in fields(TasteSizes))
+    changed = [
+        f"{name.upper()} was {earlier[name]!r}, is {now[name]!r}"
+        for name in names
+        if name in earlier and earlier[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint_path} was trained with other settings: {'; '.join(changed)}. Choose another --run-name to "
+            "keep it, start anew over it with --resume never, or put the settings back to go on"
+        )
+
+
+@contextmanager
+def _sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Keep a second run out of the folder while this one lasts."""
+    lock = OutputLock(run_folder) if accelerator.is_main_process else None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _feature_paths(settings: Settings, split: str) -> FeaturePaths:
+    values = {name: Path(path) for name, path in settings.to_dict().items() if name.startswith(f"{split}_utt2")}
+    info = values[f"{split}_utt2info_path"]
+    return FeaturePaths(
+        units=values[f"{split}_utt2_s3_path"],
+        text=values[f"{split}_utt2_text_emb_path"],
+        speech=None if settings.variant == "text_only" else values[f"{split}_utt2_whisper_path"],
+        info=info if features_exist(info) else None,
+    )
+
+
+def _say_nothing(text: str) -> None:
+    """What all but the main process print."""
