@@ -110,7 +110,7 @@ def test_the_decoder_equals_the_reference_at_every_position(tower):
     close(tower.whole(*given), tower.case["decoder_last_hidden_with_prefix"], tower.atol)
     for layer in (0, 1):
         close(
-            tower.whole.attention(*given, layer=layer, by_head=True),
+            tower.whole.attention_by_head(*given, layer=layer),
             tower.case[f"cross_attention_probs_layer{layer}"],
             tower.atol,
         )
@@ -216,6 +216,16 @@ def test_a_training_step_equals_the_reference(quantizer, cases):
     state = quantizer.rvq.state_dict()
     for name, value in case["after_step"].items():
         close(state[name].float().reshape(value.shape), value)
+
+
+def test_an_unused_code_stays_where_it_is_as_published(quantizer, cases):
+    codebook = quantizer.rvq.layers[0]._codebook
+    unused = int(next(code for code in range(16) if code not in cases["rvq"]["outputs_masked"]["indices"][..., 0]))
+    codebook.cluster_size[0, unused] = 1e-4
+    codebook.embed_avg[0, unused] = 1e-4 * codebook.embed[0, unused]
+    before = codebook.embed[0, unused].clone()
+    quantizer.train()(cases["rvq"]["inputs"]["x"], cases["rvq"]["inputs"]["mask"])
+    torch.testing.assert_close(F.normalize(codebook.embed[0, unused], dim=0), F.normalize(before, dim=0))
 
 
 def test_dropped_levels_equal_the_reference(quantizer, cases):
