@@ -244,8 +244,9 @@ class TasteAggregator(nn.Module):
         speech_lengths: Tensor,
         text_tokens: Tensor | None = None,
         layer: int = -1,
+        by_head: bool = False,
     ) -> Tensor:
-        """Where each text token looks, averaged over the heads of a layer.
+        """Where each text token looks: the weights that `forward` uses without ever writing them down.
 
         Args:
             text: as for `forward`.
@@ -255,32 +256,11 @@ class TasteAggregator(nn.Module):
             speech_lengths: as for `forward`.
             text_tokens: as for `forward`.
             layer: number of the layer, from 0; negative numbers count from the last.
+            by_head: do not average over the heads.
 
         Returns:
-            [B, T, A], each token's sum to 1; zero behind a recording's end where padding is masked.
-
-        Raises:
-            ValueError: as for `forward`.
-        """
-        inputs = (text, final, mid, text_lengths, speech_lengths, text_tokens)
-        return self.attention_by_head(*inputs, layer=layer).mean(dim=1)
-
-    def attention_by_head(
-        self,
-        text: Tensor | None,
-        final: Tensor,
-        mid: Tensor,
-        text_lengths: Tensor,
-        speech_lengths: Tensor,
-        text_tokens: Tensor | None = None,
-        layer: int = -1,
-    ) -> Tensor:
-        """Where each head looks: the weights that `forward` uses without ever writing them down.
-
-        It takes what `attention` takes.
-
-        Returns:
-            [B, H, T, A], each token's sum to 1.
+            [B, T, A], or [B, H, T, A] by head, each token's sum to 1; zero behind a recording's end where padding is
+            masked.
 
         Raises:
             ValueError: as for `forward`.
@@ -289,7 +269,8 @@ class TasteAggregator(nn.Module):
         visible = self._visible(final, mid, speech_lengths)
         for before in self.layers[: layer % len(self.layers)]:
             hidden = before(hidden, final, mid, visible)
-        return self.layers[layer].attention(hidden, final, visible)[:, :, len(self.prefix_tokens) :]
+        weights = self.layers[layer].attention(hidden, final, visible)[:, :, len(self.prefix_tokens) :]
+        return weights if by_head else weights.mean(dim=1)
 
     def _embed(self, text: Tensor | None, text_tokens: Tensor | None) -> Tensor:
         """The text with its positions, [B, L, D]."""

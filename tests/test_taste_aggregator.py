@@ -114,7 +114,7 @@ def test_the_weights_shown_are_the_weights_used(either, inputs, layer):
     attention.register_forward_hook(lambda module, given, output: seen.append((given, output)))
     either(**inputs)
     (looking, _, mid, _), output = seen[0]
-    by_head = either.attention_by_head(**inputs, layer=layer)
+    by_head = either.attention(**inputs, layer=layer, by_head=True)
     values = attention.v_proj(mid).unflatten(-1, (2, -1)).transpose(1, 2)
     mixed = attention.out_proj((by_head @ values).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixed, output[:, looking.shape[1] - 5 :], rtol=1e-5, atol=1e-5)

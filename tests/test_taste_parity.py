@@ -110,7 +110,7 @@ def test_the_decoder_equals_the_reference_at_every_position(tower):
     close(tower.whole(*given), tower.case["decoder_last_hidden_with_prefix"], tower.atol)
     for layer in (0, 1):
         close(
-            tower.whole.attention_by_head(*given, layer=layer),
+            tower.whole.attention(*given, layer=layer, by_head=True),
             tower.case[f"cross_attention_probs_layer{layer}"],
             tower.atol,
         )
