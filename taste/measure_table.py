@@ -14,12 +14,12 @@ PAPER_NOTE = (
 )
 
 SYSTEMS = {  # in the table's order; others come after them
-    "original": "original recording",
-    "true_units": "true S3 units",
     "text_only": "text only",
     "simple": "simple aggregator",
     "taste_novq": "TASTE without quantizer",
     "taste": "TASTE",
+    "true_units": "true S3 units",
+    "original": "original recording",
 }
 REFERENCES = ("original", "true_units")  # no models: they do not compete for the best value
 

@@ -21,7 +21,7 @@ INSTALL_POCKETSPHINX = "pip install 'pocketsphinx>=5.1,<6'"
 SPELLINGS = {"grey": "gray", "harbour": "harbor", "colours": "colors", "mr": "mister", "mrs": "missus"}
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either makes transformers' Whisper tokenizer
 DECODER_KEY = "model.decoder.layers.0.encoder_attn.q_proj.weight"
-ALIGNER_BEAM = 1e-300
+NO_BEAM = 0.0  # keeps every hypothesis
 LETTER_PHONES = dict(  # how pocketsphinx's phones say a letter, roughly, in a word that nobody told it
     zip(
         "abcdefghijklmnopqrstuvwxyz",
@@ -202,10 +202,10 @@ class Pocketsphinx:
     def _aligner(self) -> Any:
         """A decoder that goes through a whole text, at any price.
 
-        The beams hold nearly everything, because a sound that hardly resembles its text shall be aligned too; and the
-        search for a better path afterwards is left out, because it may end before the text does.
+        No hypothesis is dropped, because a sound that hardly resembles its text shall be aligned too; and the search
+        for a better path afterwards is left out, because it may end before the text does.
         """
-        wide = dict.fromkeys(("beam", "pbeam", "wbeam"), ALIGNER_BEAM)
+        wide = dict.fromkeys(("beam", "pbeam", "wbeam"), NO_BEAM)
         return self._module.Decoder(samprate=RECOGNISER_RATE_HZ, loglevel="FATAL", bestpath=False, **wide)
 
     def _has_pronunciation(self, word: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # N samples
 WIDTH, HEIGHT = 420, 280  # units of the drawing; a unit is about a pixel
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 40
 TICKS = 5
 MELS_COLOURS, ATTENTION_COLOURS = "magma", "viridis"
 

@@ -118,6 +118,20 @@ def compare_sounds(reference: Tensor, other: Tensor, rate_hz: int) -> SoundMetri
     )
 
 
+def shapes_db(mel: Tensor) -> Tensor:
+    """Describe the shape of each frame of a mel spectrum, so that a distance of two frames is in dB.
+
+    Args:
+        mel: natural logarithm of amplitudes, [M, F].
+
+    Returns:
+        mel cepstra 1..24, [F, C]; their Euclidean distance is the root mean square of the difference in dB of the two
+        spectra, each without its mean and what changes faster than the cepstra follow.
+    """
+    cepstra = mel.T @ create_dct(CEPSTRA + 1, mel.shape[0], norm="ortho")
+    return cepstra[:, 1:] * (DB_PER_NEPER / math.sqrt(mel.shape[0]))
+
+
 def speaker_similarity(encoder: SpeakerEncoder, first: Tensor, second: Tensor, rate_hz: int) -> float:
     """Say how alike two voices are.
 
@@ -334,9 +348,7 @@ def _mel_cepstra(waveform: Tensor, rate_hz: int) -> Tensor:
     hop, window = round(HOP_SECONDS * rate_hz), 2 * round(WINDOW_SECONDS * rate_hz / 2)
     highest_hz = min(HIGHEST_MEL_HZ, rate_hz / 2)
     mel = mel_spectrogram(waveform[None], window, MEL_BANDS, rate_hz, hop, window, 0.0, highest_hz)[0]  # [M, F]
-    mel = mel.clamp(min=float(mel.max()) - SILENCE_DB / DB_PER_NEPER)
-    cepstra = mel.T @ create_dct(CEPSTRA + 1, MEL_BANDS, norm="ortho")
-    return cepstra[:, 1:] * (DB_PER_NEPER / math.sqrt(MEL_BANDS))
+    return shapes_db(mel.clamp(min=float(mel.max()) - SILENCE_DB / DB_PER_NEPER))
 
 
 def _align(distances: Tensor) -> tuple[np.ndarray, np.ndarray]:

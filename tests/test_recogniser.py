@@ -1,0 +1,169 @@
+"""What listens writes words and their times down, and says what it needs where it cannot."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from taste.audio import read_audio
+from taste.recogniser import Pocketsphinx, WhisperRecogniser, find_recogniser, normalise, whisper_lacks
+from tests.small_whisper import write_small_whisper
+
+ROOT = Path(__file__).parents[1]
+RATE_HZ = 22_050
+SPECIAL = ["endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps"]
+
+
+def write_writing_whisper(folder: Path) -> Path:
+    """A Whisper of two layers with random weights, a tokenizer of bytes, and all that writing with times needs."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = WhisperTokenizer(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": [f"<|{name}|>" for name in SPECIAL]})
+    tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(1501)])
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
+    end = ids["endoftext"]
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=80,
+        max_target_positions=64,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=ids["startoftranscript"],
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    settings = dict(
+        _from_model_config=False,
+        lang_to_id={"<|en|>": ids["en"]},
+        task_to_id={"transcribe": ids["transcribe"]},
+        is_multilingual=True,
+        no_timestamps_token_id=ids["notimestamps"],
+        prev_sot_token_id=ids["startofprev"],
+        alignment_heads=[[1, 0], [1, 1]],
+        return_timestamps=False,
+        max_length=30,
+        max_initial_timestamp_index=50,
+        begin_suppress_tokens=None,
+        suppress_tokens=[end, *(n for n, letter in enumerate(alphabet) if letter not in "abcdefgh")],  # letters only
+    )
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoken() -> tuple[torch.Tensor, str]:
+    row = json.loads((ROOT / "json" / "test.jsonl").read_text().splitlines()[1])
+    return read_audio(ROOT / "json" / row["audio_path"], RATE_HZ).waveform, row["text"]
+
+
+@pytest.fixture(scope="module")
+def sphinx() -> Pocketsphinx:
+    pytest.importorskip("pocketsphinx")
+    return Pocketsphinx()
+
+
+def test_what_cannot_be_heard_is_left_out_of_words():
+    assert normalise("It's six o'clock, Mr. GREY!") == "it's six o'clock mister gray"
+    assert normalise("and(2) 'quoted' — déjà vu") == "and quoted déjà vu"
+    assert normalise("三百 ok，好") == "三 百 ok 好"
+    assert normalise(" … ") == ""
+
+
+def test_pocketsphinx_writes_down_words_in_order_of_time(sphinx, spoken):
+    waveform, text = spoken
+    heard = sphinx.words(waveform, RATE_HZ)
+    assert [word.text for word in heard] == normalise(text).split()
+    assert all(word.start_s < word.end_s for word in heard)
+    assert all(a.end_s <= b.start_s + 1e-6 for a, b in itertools.pairwise(heard))
+    assert heard[-1].end_s <= len(waveform) / RATE_HZ
+    sphinx.words(torch.randn(RATE_HZ), RATE_HZ)
+    assert sphinx.words(waveform, RATE_HZ) == heard  # whatever was heard between
+
+
+def test_a_transcript_is_found_where_it_is_heard(sphinx, spoken):
+    waveform, text = spoken
+    heard, found = sphinx.words(waveform, RATE_HZ), sphinx.align(waveform, RATE_HZ, text)
+    assert [word.text for word in found] == [word.text for word in heard]
+    assert max(abs(a.start_s - b.start_s) for a, b in zip(heard, found, strict=True)) <= 0.1
+    padded = torch.cat([torch.zeros(RATE_HZ), waveform])
+    moved = sphinx.align(padded, RATE_HZ, text)
+    assert moved[3].start_s - found[3].start_s == pytest.approx(1, abs=0.03)
+
+
+def test_a_whole_transcript_is_found_in_any_sound(sphinx, spoken):
+    text = spoken[1]
+    noise = 0.1 * torch.randn(2 * RATE_HZ, generator=torch.Generator().manual_seed(0))
+    assert [word.text for word in sphinx.align(noise, RATE_HZ, text)] == normalise(text).split()
+    assert [word.text for word in sphinx.align(noise, RATE_HZ, "the zyxxab house")] == ["the", "zyxxab", "house"]
+
+
+def test_a_transcript_that_cannot_be_said_or_does_not_fit_is_not_found(sphinx, spoken):
+    waveform, text = spoken
+    assert sphinx.align(waveform, RATE_HZ, "三百") is None
+    assert sphinx.align(waveform, RATE_HZ, "room 12") is None
+    assert sphinx.align(waveform, RATE_HZ, "...") is None
+    assert sphinx.align(waveform[: RATE_HZ // 5], RATE_HZ, text) is None
+    assert sphinx.words(waveform[:100], RATE_HZ) == []
+
+
+def test_pocketsphinx_refuses_another_language(sphinx, spoken):
+    assert sphinx.hears("en") and not sphinx.hears("zh")
+    with pytest.raises(ValueError, match="English only, got the language 'zh'"):
+        sphinx.words(spoken[0], RATE_HZ, "zh")
+
+
+def test_a_whole_whisper_is_preferred_and_times_what_it_writes(tmp_path, spoken):
+    write_writing_whisper(tmp_path / "whisper")
+    found = find_recogniser(tmp_path)
+    assert isinstance(found.recogniser, WhisperRecogniser)
+    assert found.reason == f"Whisper in {tmp_path / 'whisper'}"
+    assert found.recogniser.hears("en") and not found.recogniser.hears("zh")
+    heard = found.recogniser.words(spoken[0], RATE_HZ)  # random weights: any words, but words
+    assert heard and all(word.text == normalise(word.text) and word.start_s <= word.end_s for word in heard)
+    assert found.recogniser.words(spoken[0][:100], RATE_HZ) == []
+    assert found.recogniser.align(spoken[0], RATE_HZ, spoken[1]) is None
+
+
+def test_a_whisper_that_cannot_write_says_what_it_lacks(tmp_path):
+    assert whisper_lacks(tmp_path / "none") == "it has no config.json"
+    encoder_only = write_small_whisper(tmp_path / "encoder")
+    assert "no tokenizer" in whisper_lacks(encoder_only)
+    whole = write_writing_whisper(tmp_path / "whole")
+    assert whisper_lacks(whole) is None
+    settings = json.loads((whole / "generation_config.json").read_text())
+    del settings["alignment_heads"]
+    (whole / "generation_config.json").write_text(json.dumps(settings))
+    assert "alignment_heads" in whisper_lacks(whole)
+    (whole / "model.safetensors").unlink()
+    assert whisper_lacks(whole) == "it has no weights"
+
+
+def test_where_nobody_can_listen_the_reason_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    found = find_recogniser(tmp_path)
+    assert found.recogniser is None
+    assert found.reason.startswith("skipped: needs pocketsphinx (pip install")
+    assert "whisper (it has no config.json)" in found.reason

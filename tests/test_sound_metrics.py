@@ -1,0 +1,217 @@
+"""Measures of decoded sound say what they promise, on sounds and words whose answer is known."""
+
+import json
+import math
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+import torchaudio
+
+from taste.audio import read_audio
+from taste.recogniser import Found, Word
+from taste.sound_metrics import (
+    UtteranceSounds,
+    compare_durations,
+    compare_sounds,
+    duration_consistency,
+    evaluate_sounds,
+    shapes_db,
+    speaker_similarity,
+    word_error,
+)
+from taste.speaker import SpeakerEncoder
+
+ROOT = Path(__file__).parents[1]
+MODEL_DIR = ROOT / "CosyVoice-tiny"
+RATE_HZ = 22_050
+
+
+@pytest.fixture(scope="module")
+def recordings() -> dict[str, torch.Tensor]:
+    """A recording of each of the demo corpus's voices."""
+    rows = [json.loads(line) for line in (ROOT / "json" / "test.jsonl").read_text().splitlines()[:4]]
+    return {row["speaker"]: read_audio(ROOT / "json" / row["audio_path"], RATE_HZ).waveform for row in rows}
+
+
+def glide(f0_hz: list[float], seconds: float = 1.0, rate_hz: int = RATE_HZ) -> torch.Tensor:
+    """A voice-like tone of ten harmonics whose pitch goes evenly, in octaves, through the given values."""
+    samples = int(seconds * rate_hz)
+    at = np.linspace(0, len(f0_hz) - 1, samples)
+    octaves = np.interp(at, range(len(f0_hz)), np.log2(f0_hz))
+    phase = 2 * np.pi * np.cumsum(2**octaves) / rate_hz
+    return torch.tensor(sum(np.sin(k * phase) / k for k in range(1, 11)) * 0.1, dtype=torch.float32)
+
+
+def stretched(waveform: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same speech at another pace, with its pitch."""
+    window = torch.hann_window(1024)
+    spectrum = torch.stft(waveform, 1024, 256, window=window, return_complex=True)
+    advance = torch.linspace(0, math.pi * 256, 513)[:, None]
+    slower = torchaudio.functional.phase_vocoder(spectrum, 1 / factor, advance)
+    return torch.istft(slower, 1024, 256, window=window)
+
+
+def test_a_sound_is_no_distance_from_itself(recordings):
+    for sound in recordings.values():
+        found = compare_sounds(sound, sound, RATE_HZ)
+        assert found.mcd_db == 0
+        assert found.f0_correlation == pytest.approx(1)
+        assert found.voicing_error == 0
+        assert found.seconds_ratio == 1
+
+
+def test_loudness_is_no_distortion(recordings):
+    sound = recordings["slt"]
+    assert compare_sounds(sound, sound / 2, RATE_HZ).mcd_db < 0.1
+
+
+def test_another_pace_is_less_distortion_than_another_voice(recordings):
+    sound = recordings["slt"]
+    slower, other = stretched(sound, 1.4), recordings["rms"]
+    found = compare_sounds(sound, slower, RATE_HZ)
+    assert found.seconds_ratio == pytest.approx(1.4, abs=0.02)
+    assert found.mcd_db < 0.5 * compare_sounds(sound, other, RATE_HZ).mcd_db
+    assert found.f0_correlation > 0.9
+    assert found.voicing_error < 0.1
+
+
+def test_a_difference_of_known_size_is_measured_in_decibels():
+    tilt_db = 6 * torch.cos(torch.pi * (torch.arange(80) + 0.5) / 80)
+    flat = torch.zeros(80, 1)
+    tilted = flat + 3 + (tilt_db / (20 / math.log(10)))[:, None]  # and louder, which does not count
+    distance = (shapes_db(flat) - shapes_db(tilted)).norm()
+    assert float(distance) == pytest.approx(6 / math.sqrt(2), rel=1e-4)  # a cosine's root mean square
+
+
+def test_melodies_of_known_direction_correlate():
+    rising, falling = glide([120, 180]), glide([180, 120])
+    assert compare_sounds(rising, glide([200, 300]), RATE_HZ).f0_correlation > 0.95  # a third higher, the same melody
+    assert compare_sounds(rising, falling, RATE_HZ).f0_correlation < -0.5
+
+
+def test_a_monotone_has_no_correlation_and_noise_has_no_voice():
+    torch.manual_seed(0)
+    tone, noise = glide([150, 150]), 0.05 * torch.randn(RATE_HZ)
+    found = compare_sounds(tone, noise, RATE_HZ)
+    assert found.f0_correlation is None
+    assert found.voicing_error > 0.9
+
+
+@pytest.mark.parametrize("rate_hz", [16_000, 22_050, 24_000])
+def test_any_rate_will_do(rate_hz):
+    sound = glide([120, 180, 140], rate_hz=rate_hz)
+    assert compare_sounds(sound, sound, rate_hz).f0_correlation == pytest.approx(1)
+
+
+def test_a_click_is_refused():
+    with pytest.raises(ValueError, match=r"other sound: expected a waveform \[N\] of 0.05 s or more, got \[9\]"):
+        compare_sounds(glide([100, 120]), torch.zeros(9), RATE_HZ)
+
+
+def test_the_voice_of_one_speaker_is_nearer_than_anothers(recordings):
+    encoder = SpeakerEncoder(MODEL_DIR / "campplus.onnx")
+    first, second = recordings["slt"].chunk(2)
+    same = speaker_similarity(encoder, first, second, RATE_HZ)
+    assert speaker_similarity(encoder, first, first, RATE_HZ) == pytest.approx(1, abs=1e-5)
+    assert same > speaker_similarity(encoder, first, recordings["rms"], RATE_HZ)
+    assert speaker_similarity(encoder, first, torch.zeros(RATE_HZ), RATE_HZ) == 0
+
+
+def words(*rows: tuple[str, float, float]) -> list[Word]:
+    return [Word(*row) for row in rows]
+
+
+REFERENCE = words(("the", 0.0, 0.2), ("old", 0.2, 0.5), ("house", 0.6, 1.0))
+
+
+def test_durations_within_the_tolerance_are_kept_wherever_the_words_lie():
+    later = words(("the", 1.0, 1.25), ("old", 1.25, 1.5), ("house", 2.0, 2.3))
+    assert duration_consistency(REFERENCE, later) == pytest.approx(2 / 3)  # 50 and 50 ms off, 100 ms off
+    assert duration_consistency(REFERENCE, later, tolerance_s=0.1) == 1
+    assert duration_consistency(REFERENCE, later, tolerance_s=0.01) == 0
+    compared = compare_durations(REFERENCE, later)
+    assert compared.words == 3
+    assert compared.difference_s == pytest.approx(0.2)
+    assert compared.reference_s == pytest.approx(0.9)
+
+
+def test_only_words_that_agree_are_compared():
+    heard = words(("the", 0.0, 0.2), ("gold", 0.2, 0.9), ("in", 0.9, 1.0), ("house", 1.0, 1.4))
+    compared = compare_durations(REFERENCE, heard)
+    assert (compared.words, compared.consistent) == (2, 2)
+
+
+def test_nothing_heard_is_no_consistency_at_all():
+    assert duration_consistency(REFERENCE, []) is None
+    assert duration_consistency([], REFERENCE) is None
+    assert duration_consistency(REFERENCE, words(("cat", 0.0, 0.2))) is None
+
+
+def test_word_error_is_that_of_the_set():
+    assert word_error(["The old house.", "One"], ["the gold house", "one two"]) == jiwer.wer("a b c d", "a x c d e")
+    assert word_error([], []) is None
+
+
+class ScriptedRecogniser:
+    """Hears what it was told by the length of the sound, since what is tested here is the counting."""
+
+    name = "script"
+
+    def __init__(self, heard: dict[int, list[Word]], aligns: bool) -> None:
+        self.heard, self.aligns = heard, aligns
+
+    def hears(self, language):
+        return language == "en"
+
+    def words(self, waveform, rate_hz, language="en"):
+        return self.heard[len(waveform)]
+
+    def align(self, waveform, rate_hz, text):
+        return self.heard[len(waveform)] if self.aligns else None
+
+
+def test_a_system_without_a_sound_misses_all_words_and_is_compared_in_nothing(recordings):
+    original, shorter = recordings["slt"][:30_000], recordings["slt"][:20_000]
+    heard = {30_000: REFERENCE, 20_000: words(("the", 0.0, 0.2), ("old", 0.3, 0.4))}
+    rows = [
+        UtteranceSounds("a", "The old house", original, {"good": original, "poor": shorter}),
+        UtteranceSounds("b", "The old house", original, {"good": original}),
+        UtteranceSounds("zh", "你好", original, {"good": original}, language="zh"),
+    ]
+    for aligns in (True, False):
+        found = Found(ScriptedRecogniser(heard, aligns), "script")
+        result = evaluate_sounds(rows, RATE_HZ, MODEL_DIR, found)
+        assert result.measures["original"] == {"word_error": 0}
+        assert result.measures["good"]["word_error"] == 0
+        assert result.measures["good"]["mcd_db"] == 0
+        assert result.measures["good"]["speaker_similarity"] == pytest.approx(1)
+        poor = result.measures["poor"]
+        assert poor["word_error"] == pytest.approx(4 / 6)  # one of three missing, and all three of the other
+        assert poor["words_compared"] == 2
+        assert poor["word_duration_error_ms"] == pytest.approx(100)
+        assert poor["word_duration_error_relative"] == pytest.approx(0.2 / 0.5)
+        assert result.notes[0] == "words written down by script: 2 of 3 utterances"
+        assert f"{'3' if aligns else '0'} of 3 sounds" in result.notes[1]
+        json.dumps(result.to_dict())
+
+
+def test_what_nobody_can_judge_is_skipped_with_its_reason(recordings, tmp_path):
+    row = UtteranceSounds("a", "The old house", recordings["slt"], {"good": recordings["slt"]})
+    result = evaluate_sounds([row], RATE_HZ, tmp_path, Found(None, "skipped: needs ears"))
+    assert result.measures["good"]["word_error"] is None
+    assert result.measures["good"]["duration_consistency"] is None
+    assert result.measures["good"]["mcd_db"] == 0
+    assert result.skipped["word_error"] == "skipped: needs ears"
+    assert "campplus.onnx" in result.skipped["speaker_similarity"]
+    assert evaluate_sounds([], RATE_HZ, tmp_path).measures == {}
+
+
+def test_a_recording_that_is_gone_costs_the_comparison_only(recordings):
+    row = UtteranceSounds("a", "The old house", None, {"good": recordings["slt"][:30_000]})
+    result = evaluate_sounds([row], RATE_HZ, MODEL_DIR, Found(ScriptedRecogniser({30_000: REFERENCE}, True), "script"))
+    assert result.measures["good"]["word_error"] == 0
+    assert result.measures["good"]["mcd_db"] is None
+    assert result.measures["original"]["word_error"] is None
