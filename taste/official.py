@@ -111,23 +111,6 @@ class OfficialTaste(nn.Module):
             codes=None if codes is None else _spread(codes.to(device), word_ids)[None],
         )
 
-    @torch.inference_mode()
-    def encode(self, waveform: Tensor, text: TextTokens) -> Tensor:
-        """Write down how the words of a recording are spoken.
-
-        Args:
-            waveform: [N] float32 at 16 kHz.
-            text: tokens and words of the transcript, as `tokenize` gives them.
-
-        Returns:
-            codes [W, Q], int64.
-
-        Raises:
-            ValueError: the recording is longer than Whisper's window.
-        """
-        codes = self.model.encode(self.batch(text, waveform=waveform))[0]
-        return codes[[start for start, _ in word_spans(text.word_ids)]]
-
     def _spectrum(self, waveform: Tensor) -> Tensor:
         from cosyvoice.utils.audio import whisper_log_mel
 

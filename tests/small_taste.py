@@ -3,7 +3,7 @@
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,24 @@ def codebooks(buffers: Named, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def write_small_taste(folder: Path, case: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
+def write_small_taste(
+    folder: Path,
+    case: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    other_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Path:
     """A released-style folder of a reference case's model, some of its spoken LM with it.
 
     Args:
         folder: made if missing.
         case: has `params`, `codebook_buffers` and `seed`, names as in the released model.
         config: the configuration; None: the one that fits.
+        other_shapes: of weights that shall be larger than in the case.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config or CONFIG))
-    weights = filled(case["params"], case["seed"]) | codebooks(case["codebook_buffers"], case["seed"])
+    params = [(name, (other_shapes or {}).get(name, shape)) for name, shape in case["params"]]
+    weights = filled(params, case["seed"]) | codebooks(case["codebook_buffers"], case["seed"])
     weights = {
         name: value.bfloat16() if ".audio_joint_encoder_segmenter." in name else value
         for name, value in weights.items()

@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 from small_taste import CONFIG, write_small_taste
 
 from cosyvoice.utils.model_dir import get_tokenizer
-from taste.official import build_official, load_taste_checkpoint, tokenize
+from taste.generation import Sampling
+from taste.official import OfficialTaste, build_official, load_taste_checkpoint, tokenize
 from taste.official_names import rename, rename_stage1
 from taste.text import TextTokens
+from taste.tokenizer import TasteTokenizer
+from taste.words import word_spans
 
 TEXT = TextTokens([34542, 5567, 22126, 26914, 49026], [0, 0, 1, 2, 2])
 WEIGHTS = "model.safetensors"
@@ -30,6 +33,12 @@ def released(case, tmp_path_factory):
 
 def sound(samples: int) -> torch.Tensor:
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
+
+
+def encode(taste: OfficialTaste, waveform: torch.Tensor) -> torch.Tensor:
+    """Codes of the words of TEXT."""
+    codes = taste.model.encode(taste.batch(TEXT, waveform=waveform))[0]
+    return codes[[start for start, _ in word_spans(TEXT.word_ids)]]
 
 
 # ---- names
@@ -66,7 +75,7 @@ def test_the_first_stages_names_are_the_released_ones(golden_dir, case):
 
 def test_a_released_folder_opens_and_encodes_and_decodes(released):
     taste = load_taste_checkpoint(released)
-    codes = taste.encode(sound(12_000), TEXT)
+    codes = encode(taste, sound(12_000))
     assert codes.shape == (3, 4)
     assert codes.dtype == torch.int64
     assert 0 <= codes.min() <= codes.max() < 16
@@ -75,6 +84,31 @@ def test_a_released_folder_opens_and_encodes_and_decodes(released):
     heard = taste.model.prefix(taste.batch(TEXT, waveform=sound(12_000), speaker=speaker))
     torch.testing.assert_close(decoded.vectors, heard.vectors)
     assert decoded.lengths.tolist() == [len(TEXT.tokens) + 3]
+
+
+def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_path):
+    audio = "audio_tower.audio_joint_encoder_segmenter.audio_encoder.encoder."
+    folder = write_small_taste(
+        tmp_path / "released",
+        case,
+        other_shapes={
+            "speech_decoder.speech_embedding.weight": (4096, 32),
+            "speech_decoder.llm_decoder.weight": (4097, 32),
+            "speech_decoder.llm_decoder.bias": (4097,),
+            "speech_decoder.spk_embed_affine_layer.weight": (32, 192),
+            f"{audio}embed_positions.weight": (200, 32),  # 4 s
+        },
+    )
+    tokenizer = TasteTokenizer.open_released(folder, "CosyVoice-tiny")
+    text = "An unbelievably short test."
+    spoken = tokenizer.encode(sound(32_000), text)
+    assert spoken.words == ["An", "unbelievably", "short", "test."]
+    assert spoken.codes.shape == (4, 4)
+    sampling = Sampling(method="top_k", top_k=10, most_units_per_token=4)
+    waveform = tokenizer.decode(spoken.codes, text, spoken.speaker, sampling)
+    assert waveform.dim() == 1
+    assert waveform.isfinite().all()
+    assert len(waveform) > 0.3 * tokenizer.sample_rate_hz
 
 
 def test_every_weight_of_the_folder_arrives(released):
@@ -224,7 +258,7 @@ def test_entries_that_are_the_published_defaults_may_be_left_out(released, tmp_p
         del config["audio_tower_config"]["encoder__target_hidden_layer"]
 
     whole, short = load_taste_checkpoint(released), load_taste_checkpoint(broken(released, tmp_path, shorten))
-    assert torch.equal(short.encode(sound(12_000), TEXT), whole.encode(sound(12_000), TEXT))
+    assert torch.equal(encode(short, sound(12_000)), encode(whole, sound(12_000)))
     assert short.mid_layer == whole.mid_layer
 
 
@@ -244,4 +278,4 @@ def test_codes_of_another_text_are_refused(released):
 
 def test_a_recording_that_is_too_long_is_refused(released):
     with pytest.raises(ValueError, match="1 to 16000 samples"):
-        load_taste_checkpoint(released).encode(sound(16_001), TEXT)
+        encode(load_taste_checkpoint(released), sound(16_001))
