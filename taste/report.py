@@ -1,5 +1,6 @@
 """Writes the report of a run: one page that holds its tables, curves, sounds and pictures, and opens anywhere."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,9 +155,7 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[charts
         for number, (run, history) in enumerate(histories.items()):
             for part_number, part in enumerate(("test", "train")):
                 for measure, name in measures:
-                    points = [
-                        (entry["epoch"], entry[part][measure]) for entry in history if entry.get(part, {}).get(measure)
-                    ]
+                    points = _points(history, part, measure)
                     label = part if len(measures) == 1 else f"{part} {name}"
                     if alone:
                         colour, dashed = part_number, measure == "top5"
@@ -170,6 +169,11 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[charts
             unit = measures[0][1] if len(measures) == 1 else "share of units"
             drawn.append(charts.line_chart(f"{title} (teacher-forced)", "epoch", unit, lines))
     return drawn
+
+
+def _points(history: Sequence[Mapping[str, Any]], part: str, measure: str) -> list[tuple[float, float]]:
+    values = [(entry["epoch"], entry.get(part, {}).get(measure)) for entry in history]
+    return [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
 
 
 def _history_rows(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
