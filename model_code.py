@@ -91,6 +91,7 @@ QUANTIZE_DROPOUT = True  # in training use only the first of the codebooks now a
 
 # --- MODE encode and decode ---------------------------------------------------
 ENCODE_JSONL = "json/test.jsonl"  # manifest of the recordings to encode
+TASTE_CHECKPOINT = None  # str: folder of a released TASTE-V0, to encode and decode with it; none: what the run trained
 CODES_DIR = None  # str: where codes are written to and read from; none: exp/<run>/codes
 
 # --- what to show ------------------------------------------------------------

@@ -168,7 +168,7 @@ def _say_what_is_heard(aggregator: TasteAggregator, batches: Sequence[Batch]) ->
     aggregator.reset_values()
     heard = []
     for batch in batches:
-        weights = aggregator.attention_by_head(*_inputs(batch))[0]  # [H, T, A]
+        weights = aggregator.attention(*_inputs(batch), by_head=True)[0]  # [H, T, A]
         values = attention.v_proj(batch.speech_mid)[0].unflatten(-1, (attention.heads, -1)).transpose(0, 1)
         heard.append((weights @ values).transpose(0, 1).flatten(1))  # [T, D]
     weight, bias = whitening(torch.cat(heard), aggregator.speech_width)

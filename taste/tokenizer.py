@@ -1,25 +1,25 @@
 """The tokenizer that a trained `taste` model is: recordings to a few codes a word, and back to sound."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, sizes, text_embedding_table
+from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, sizes
 from taste.audio import read_audio
-from taste.batch import Batch, Example, collate
-from taste.build import TasteSizes, build_model
-from taste.checkpoint import load_checkpoint, weights_fingerprint
+from taste.batch import Batch
+from taste.checkpoint import weights_fingerprint
 from taste.generation import Sampling, generate
 from taste.model import CosyVoiceS3Model
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
-from taste.text import tokenize
+from taste.text import TextTokens, tokenize
+from taste.trained_reader import TrainedReader
 from taste.transcript_fit import misfits
-from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder
+from taste.whisper_encoder import SAMPLE_RATE_HZ
 from taste.words import word_spans
 
 # T text tokens   W words   L codes a word   N samples   A Whisper frames, 50 Hz
@@ -29,6 +29,22 @@ SPEAKER_MODEL = "campplus.onnx"
 
 class OtherModelError(ValueError):
     """Codes were written by another model than the one that shall read them."""
+
+
+class Reader(Protocol):
+    """What turns a text, with its recording or its codes, into a batch of one that a `taste` model reads."""
+
+    model: CosyVoiceS3Model
+
+    def batch(
+        self,
+        text: TextTokens,
+        *,
+        waveform: Tensor | None = None,
+        codes: Tensor | None = None,
+        speaker: Tensor | None = None,
+    ) -> Batch:
+        """The batch, on the model's device; see `taste.trained_reader.TrainedReader`."""
 
 
 @dataclass(frozen=True)
@@ -45,43 +61,39 @@ class SpeechCodes:
 
 
 class TasteTokenizer:
-    """Encodes recordings, and decodes codes, with a trained model of variant `taste`.
+    """Encodes recordings, and decodes codes.
 
     Args:
-        model: the trained model; it is moved to the device and left in eval mode.
-        model_dir: the model folder it was trained on.
-        whisper_dir: Whisper in transformers' format, the one that made the training features.
-        mid_layer: the Whisper block that was tapped for them.
-        made_with: what stage 1 noted about the models of the training features; None: that cannot be checked.
-        device: where to compute.
+        reader: the model, on its device, with what it reads with.
+        model_dir: the model folder it was trained on, for text, speakers and sound.
+        split: turns the text tokenizer and a transcript into tokens and words.
+        device: where the model is.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the model has no quantizer, or the training features came from other models.
+        FileNotFoundError: a file is missing from the folder.
+        ValueError: the model has no quantizer.
     """
 
     def __init__(
         self,
-        model: CosyVoiceS3Model,
+        reader: Reader,
         model_dir: str | Path,
-        whisper_dir: str | Path | None = None,
-        mid_layer: int = 6,
-        made_with: dict[str, Any] | None = None,
+        split: Callable[[Any, str], TextTokens] = tokenize,
         device: torch.device | str = "cpu",
     ) -> None:
-        if model.quantizer is None:
-            raise ValueError(f"variant {model.variant!r} has no codes; only a 'taste' model is a tokenizer")
-        folder = ModelDir(model_dir)
+        if reader.model.quantizer is None:
+            raise ValueError(f"variant {reader.model.variant!r} has no codes; only a 'taste' model is a tokenizer")
         self.device = torch.device(device)
-        self.fingerprint = weights_fingerprint(model.state_dict())
-        self.model = model.to(self.device).eval()
-        self._folder = folder
-        self._text_tokenizer = get_tokenizer(folder)
-        self._text_embedding = text_embedding_table(folder)
-        self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, self.device)
-        self._speaker = SpeakerEncoder(folder.file(SPEAKER_MODEL), self.device) if model.use_speaker else None
+        self.model = reader.model.eval()
+        self.fingerprint = weights_fingerprint(self.model.state_dict())
+        self._reader = reader
+        self._folder = ModelDir(model_dir)
+        self._split = split
+        self._text_tokenizer = get_tokenizer(self._folder)
+        self._speaker: SpeakerEncoder | None = None
+        if self.model.use_speaker:
+            self._speaker = SpeakerEncoder(self._folder.file(SPEAKER_MODEL), self.device)
         self._decoder: UnitDecoder | None = None
-        _check_features(made_with, self._whisper, mid_layer)
 
     @classmethod
     def open(
@@ -108,25 +120,31 @@ class TasteTokenizer:
             FileNotFoundError: a file is missing.
             ValueError: the checkpoint is of another variant, or does not fit the folders.
         """
-        checkpoint = load_checkpoint(Path(checkpoint_path))
-        settings = checkpoint.notes["settings"]
-        if settings["variant"] != "taste":
-            raise ValueError(
-                f"{checkpoint_path} is of variant {settings['variant']!r}, which has no codes; expected a run with "
-                "--variant taste"
-            )
-        model = build_model(
-            model_dir,
-            "taste",
-            speech_width=checkpoint.weights["aggregator.layer_norm.weight"].shape[0],
-            freeze_llm=settings["freeze_llm"],
-            use_speaker=checkpoint.notes["use_speaker"],
-            lora_rank=settings["lora_rank"],
-            taste_sizes=TasteSizes.from_dict(settings),
-        )
-        model.load_learned_state(checkpoint.weights)
-        made_with = checkpoint.notes["features_made_with"]
-        return cls(model, model_dir, whisper_dir, mid_layer, made_with, device)
+        reader = TrainedReader.open(checkpoint_path, model_dir, whisper_dir, mid_layer, device)
+        return cls(reader, model_dir, device=device)
+
+    @classmethod
+    def open_released(
+        cls, folder: str | Path, model_dir: str | Path, device: torch.device | str = "cpu"
+    ) -> "TasteTokenizer":
+        """Open what the authors of TASTE released.
+
+        Args:
+            folder: their TASTE-V0.
+            model_dir: CosyVoice-300M, for speaker vectors and for flow and HiFT, which TASTE never trained.
+            device: where to compute.
+
+        Returns:
+            the tokenizer.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a folder does not hold what it should.
+        """
+        from taste.official import load_taste_checkpoint
+        from taste.official import tokenize as split_as_released
+
+        return cls(load_taste_checkpoint(folder).to(device), model_dir, split_as_released, device)
 
     @property
     def levels(self) -> int:
@@ -160,19 +178,19 @@ class TasteTokenizer:
         waveform = recording
         if not isinstance(recording, Tensor):
             waveform = read_audio(recording, SAMPLE_RATE_HZ).waveform
-        (features,) = self._whisper.encode([waveform])
+        tokens = self._split(self._text_tokenizer, text)
         speaker = None if self._speaker is None else self._speaker.embed(waveform)
-        example = self._example(text, speaker, features.final.float().cpu(), features.mid.float().cpu())
-        batch = collate([example]).to(self.device)
-        spans = word_spans(example.word_ids)
+        batch = self._reader.batch(tokens, waveform=waveform, speaker=speaker)
+        spans = word_spans(tokens.word_ids)
+        attention = self.model.attention(batch)[0].cpu()
         return SpeechCodes(
             text=text,
-            words=self._spell(example.text_tokens, spans),
+            words=[self._text_tokenizer.decode(tokens.tokens[start:end]).strip() for start, end in spans],
             codes=self.model.encode(batch)[0, [start for start, _ in spans]].cpu(),
             speaker=speaker,
             seconds=len(waveform) / SAMPLE_RATE_HZ,
             model=self.fingerprint,
-            doubts=misfits(example.word_ids, len(features.final), self.model.attention(batch)[0].cpu()),
+            doubts=misfits(torch.tensor(tokens.word_ids), attention.shape[1], attention),
         )
 
     def decode(
@@ -227,15 +245,14 @@ class TasteTokenizer:
         Raises:
             ValueError: as for `decode`.
         """
-        example = self._example(text, speaker)
-        spans = word_spans(example.word_ids)
-        codes = self._checked(codes, text, len(spans))
-        token_codes = codes.repeat_interleave(torch.tensor([end - start for start, end in spans]), dim=0)  # [T, L]
-        batch = collate([example])
-        with_codes = Batch(**(vars(batch) | {"codes": token_codes[None]}))
+        if self.model.use_speaker and speaker is None:
+            raise ValueError("this model reads a speaker vector; give one (the codes' file has the recording's)")
+        tokens = self._split(self._text_tokenizer, text)
+        codes = self._checked(codes, text, len(word_spans(tokens.word_ids)))
+        batch = self._reader.batch(tokens, codes=codes, speaker=speaker)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            made = generate(self.model, with_codes.to(self.device), sampling or Sampling())
+            made = generate(self.model, batch, sampling or Sampling())
         return made.units[0]
 
     def check_mine(self, spoken: SpeechCodes) -> None:
@@ -253,24 +270,6 @@ class TasteTokenizer:
                 " else here. Decode them with the checkpoint that wrote them, or encode the recordings anew"
             )
 
-    def _example(
-        self, text: str, speaker: Tensor | None, final: Tensor | None = None, mid: Tensor | None = None
-    ) -> Example:
-        """A text as the model reads it, with no units yet."""
-        if self.model.use_speaker and speaker is None:
-            raise ValueError("this model reads a speaker vector; give one (the codes' file has the recording's)")
-        tokens = tokenize(self._text_tokenizer, text)
-        return Example(
-            utt_id="",
-            text=self._text_embedding[torch.tensor(tokens.tokens)].float(),
-            speech_final=final,
-            speech_mid=mid,
-            speaker=speaker,
-            units=torch.zeros(0, dtype=torch.int64),
-            text_tokens=torch.tensor(tokens.tokens),
-            word_ids=torch.tensor(tokens.word_ids),
-        )
-
     def _checked(self, codes: Tensor | Sequence[Sequence[int]], text: str, words: int) -> Tensor:
         codes = torch.as_tensor(codes, dtype=torch.int64)
         if codes.dim() != 2 or codes.shape != (words, self.levels):
@@ -282,21 +281,3 @@ class TasteTokenizer:
                 f"codes from {int(codes.min())} to {int(codes.max())}; this model has 0 to {self.codebook_size - 1}"
             )
         return codes
-
-    def _spell(self, tokens: Tensor, spans: Sequence[tuple[int, int]]) -> list[str]:
-        return [self._text_tokenizer.decode(tokens[start:end].tolist()).strip() for start, end in spans]
-
-
-def _check_features(made_with: dict[str, Any] | None, whisper: WhisperEncoder, mid_layer: int) -> None:
-    """Refuse to listen with another Whisper than the model was trained with."""
-    now = {"whisper": whisper.digest, "mid_layer": mid_layer}
-    changed = [
-        f"{name}: {made_with[name]} then, {value} now"
-        for name, value in now.items()
-        if made_with and name in made_with and made_with[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the model was trained on features of another Whisper ({'; '.join(changed)}); "
-            "set WHISPER_DIR and MID_LAYER to those of the training features"
-        )

@@ -23,7 +23,7 @@ def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
     """Open the tokenizer that a run has trained.
 
     Args:
-        settings: the run, or in RESUME a checkpoint, and the folders of the models.
+        settings: the run, or in RESUME a checkpoint, or in TASTE_CHECKPOINT a released folder; and the models' folders.
         device: where to compute.
 
     Returns:
@@ -33,6 +33,8 @@ def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
         FileNotFoundError: the run has no checkpoint, or a file is missing.
         ValueError: it is of another variant, or does not fit.
     """
+    if settings.taste_checkpoint:
+        return TasteTokenizer.open_released(settings.taste_checkpoint, settings.cosyvoice_model_dir, device)
     path = run_folder_of(settings) / "checkpoints" / "best.pt"
     if settings.resume not in ("auto", "never"):
         path = Path(settings.resume)

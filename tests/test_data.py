@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cosyvoice.utils.common import IGNORE_ID
-from taste.batch import collate
+from taste.batch import NO_WORD, collate
 from taste.data import FeaturePaths, features_exist, hold_out, open_dataset, real_frames, spread_evenly
 from taste.feature_store import FeatureFileError, FeatureWriter
 from tests.small_stage3 import SIZES, random_examples, small_dataset, write_features
@@ -36,6 +36,24 @@ def test_an_utterance_comes_back_as_it_was_stored(paths):
         assert torch.equal(stored.speech_mid, example.speech_mid.half().float())
         assert torch.equal(stored.speech_final, example.speech_final.half().float())
         assert stored.speech_mid.dtype == stored.text.dtype == torch.float32
+
+
+def test_words_come_back_with_the_utterance_and_padding_is_no_word(paths):
+    dataset = open_dataset(paths, SIZES)
+    assert dataset.has_words and dataset.subset([1, 2]).has_words
+    for example, stored in zip(random_examples(LENGTHS), dataset, strict=True):
+        assert torch.equal(stored.word_ids, example.word_ids) and torch.equal(stored.text_tokens, example.text_tokens)
+    batch = collate(list(dataset))
+    assert batch.word_ids.tolist()[2] == [0, 0, NO_WORD, NO_WORD, NO_WORD]
+    assert batch.text_tokens.tolist()[2] == [20, 21, 0, 0, 0]
+    assert batch.word_count == sum(len(set(example.word_ids.tolist())) for example in dataset)
+
+
+def test_features_of_other_scripts_have_no_words(paths):
+    rewrite(paths.info, lambda content: content["utt-01"].pop("word_id"))
+    dataset = open_dataset(paths, SIZES)
+    assert not dataset.has_words
+    assert collate(list(dataset)).word_ids is None and collate(list(dataset)).word_count == 0
 
 
 def test_collate_pads_on_the_right_and_notes_the_lengths(paths):
@@ -116,6 +134,11 @@ def test_keys_of_other_schemes_are_brought_together(tmp_path):
         ("units", lambda c: c.update({"utt-01": [3, 64]}), "units reach from 3 to 64, the model knows 0 to 63"),
         ("units", lambda c: c.update({"utt-01": [-1, 3]}), "units reach from -1 to 3"),
         ("info", lambda c: c["utt-01"].update(spk_embedding=torch.zeros(512)), "speaker vector has 512 numbers"),
+        (
+            "info",
+            lambda c: c["utt-01"].update(word_id=torch.zeros(9)),
+            "its word_id is for 9 text tokens, its text embe",
+        ),
         ("speech", lambda c: c["mid"].update({"utt-01": torch.zeros(9, 20)}), "mid [9, 20], final [12, 20]"),
         (
             "speech",

@@ -10,7 +10,7 @@ from tests.small_stage3 import SIZES, random_batch, random_examples, small_model
 
 LENGTHS = [(3, 9), (6, 14), (1, 4)]
 GREEDY = Sampling("greedy")
-VARIANTS = ["text_only", "simple"]
+VARIANTS = ["text_only", "simple", "taste_novq", "taste"]
 
 
 def lean_towards(model, unit: int, by: float) -> None:

@@ -12,15 +12,19 @@ import soundfile
 import torch
 
 import model_code
+from taste.audio import write_wav
 from taste.checkpoint import load_checkpoint
 from taste.output_lock import OutputLock
 from taste.training import RunStopped
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import random_examples, write_features
+from tests.small_whisper import WIDTH, write_small_whisper
+from tests.sounds import voice_like
 
 REPOSITORY = Path(__file__).parent.parent
 LENGTHS = [(2 + number % 4, 5 + 3 * (number % 5)) for number in range(10)]
 QUICK = {"num_epochs": 2, "batch_size": 4, "warmup_steps": 2, "generate_utterances": 0}
+SMALL = {"codebooks": 2, "codebook_size": 16, "codebook_width": 12, "audio_units": 40, "audio_blocks": 1}
 SPEAKING = {"generate_utterances": 2, "decode_wavs": 1}
 KILL_TIMEOUT_SECONDS = 120
 
@@ -41,6 +45,7 @@ class Workplace:
             "loss_curve_path": self.folder / "loss_curve.png",
             "device": "cpu",
             **QUICK,
+            **SMALL,
         }
         for split, paths in (("train", self.train), ("test", self.test)):
             values |= {
@@ -65,6 +70,28 @@ class Workplace:
         return load_checkpoint(self.folder / "exp" / run / "checkpoints" / "last.pt").weights
 
 
+class ListeningWorkplace(Workplace):
+    """The same with a Whisper, features as wide as it is, and recordings."""
+
+    def __init__(self, folder: Path, golden_dir: Path) -> None:
+        super().__init__(folder, golden_dir)
+        write_small_whisper(folder / "model" / "whisper")
+        for split in ("train", "test"):
+            examples = [
+                example._replace(speech_final=torch.randn(units, WIDTH), speech_mid=torch.randn(units, WIDTH))
+                for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
+            ]
+            write_features(folder, split, examples)
+        self.manifest = folder / "recordings.jsonl"
+        lines = []
+        for name, text in (("first", "A quiet river."), ("second", "Two words"), ("missing", "No sound")):
+            path = folder / f"{name}.wav"
+            lines.append(json.dumps({"audio_path": str(path), "text": text}))
+            if name != "missing":
+                write_wav(path, torch.from_numpy(voice_like(0.8, 16_000, seed=len(text))).float(), 16_000)
+        self.manifest.write_text("\n".join(lines))
+
+
 @pytest.fixture
 def work(tmp_path, golden_dir) -> Workplace:
     return Workplace(tmp_path, golden_dir)
@@ -86,7 +113,7 @@ def test_both_classes_are_importable_from_the_script():
     assert issubclass(CosyVoiceS3Model, torch.nn.Module) and issubclass(SimpleTextSpeechAggregator, torch.nn.Module)
 
 
-@pytest.mark.parametrize("variant", ["text_only", "simple"])
+@pytest.mark.parametrize("variant", ["text_only", "simple", "taste_novq", "taste"])
 def test_a_run_writes_all_that_it_promises(work, variant, capsys):
     assert work.run(variant=variant, **SPEAKING) == 0
     run = work.folder / "exp" / variant
@@ -104,10 +131,99 @@ def test_a_run_writes_all_that_it_promises(work, variant, capsys):
         assert info.samplerate == 22_050
     assert soundfile.info(run / "wavs" / "utt-02_true_units.wav").frames == int(11 / 50 * 22_050 / 256) * 256
     assert (run / "figures" / "utt-02_mel.png").is_file()
-    assert (run / "figures" / "utt-02_alignment.png").is_file() == (variant == "simple")
-    assert ("attention" in metrics) == (variant == "simple")
+    hears = variant != "text_only"
+    assert (run / "figures" / "utt-02_alignment.png").is_file() == hears
+    assert ("attention" in metrics) == hears
+    assert ("controls" in metrics) == hears
+    if hears:
+        assert metrics["controls"]["shuffled"].keys() == metrics["test"].keys()
+        assert "no Whisper folder" in metrics["controls"]["silenced"]  # the small model folder has none
+    assert ("codes" in metrics) == (variant == "taste")
+    if variant == "taste":
+        words = sum(len(set(example.word_ids.tolist())) for example in random_examples(LENGTHS[:3], seed=1))
+        assert metrics["codes"]["words"] == words and len(metrics["codes"]["used"]) == 2
+        assert metrics["codes"]["bits_per_second"] == pytest.approx(words / (24 / 50) * 2 * 4)  # 5 + 8 + 11 units
     told = capsys.readouterr().out
     assert "epoch   2" in told and "test top-1" in told and "generated: token error rate" in told
+
+
+def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys):
+    assert work.run(variant="all", num_epochs=1) == 0
+    folder = work.folder / "exp" / "all"
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["text_only", "simple", "taste_novq", "taste"]
+    for row in rows:
+        metrics = work.metrics(f"all/{row['variant']}")
+        assert row["top-5"] == metrics["test"]["top5"] and len(metrics["history"]) == 2
+        started = metrics["started_from"]
+        expected = {"text_only": None, "simple": "text_only", "taste_novq": "text_only", "taste": "taste_novq"}
+        assert (started and started["variant"]) == expected[row["variant"]]
+    assert "| taste |" in capsys.readouterr().out and "| taste |" in (folder / "comparison.md").read_text()
+    assert (folder / "comparison.png").is_file()
+    before = {row["variant"]: work.weights(f"all/{row['variant']}") for row in rows}
+    assert work.run(variant="all", num_epochs=1) == 0  # the same command again trains nothing more
+    for variant, weights in before.items():
+        assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
+
+
+def test_without_stages_each_variant_starts_from_the_model_folder(work):
+    assert work.run(variant="all", num_epochs=1, stages=False, negative_controls=False) == 0
+    for variant in ("text_only", "simple", "taste_novq", "taste"):
+        assert work.metrics(f"all/{variant}")["started_from"] is None
+        assert "controls" not in work.metrics(f"all/{variant}")
+
+
+def test_a_frozen_comparison_still_trains_its_baseline(work):
+    assert work.run(variant="all", num_epochs=1, freeze_llm=True) == 0
+    assert not any(name.startswith("llm.") and "carried" in name for name in work.weights("all/taste"))
+    assert work.metrics("all/text_only")["history"][1]["train"]
+
+
+def test_codebooks_never_start_from_the_test_set(work):
+    assert work.run(variant="taste", fit_new_parts=False, num_epochs=1) == 0
+    fitted = work.metrics("taste")["fitted"]
+    assert fitted.keys() == {"utterances", "code_usage"}
+
+
+def test_words_are_asked_for_by_the_variants_that_need_them_only(work, capsys):
+    info = torch.load(work.train.info, weights_only=True)
+    for entry in info.values():
+        del entry["word_id"]
+    torch.save(info, work.train.info)
+    assert work.run(variant="taste", num_epochs=1) == 1
+    told = capsys.readouterr().err
+    assert "variant 'taste' averages over words" in told and "train_utt2info.pt" in told
+    assert work.run(num_epochs=1) == 0
+
+
+def test_transcripts_that_may_not_fit_are_named_and_used(work, capsys):
+    examples = random_examples([(4, 20)] * 7 + [(9, 3)])
+    write_features(work.folder, "train", examples)
+    assert work.run(variant="taste_novq", num_epochs=1) == 0
+    assert "warning: 1 transcripts may not fit their recordings; they are used all the same: utt-07: 6 words in 3" in (
+        capsys.readouterr().out
+    )
+
+
+def test_recordings_are_encoded_and_decoded_by_the_run_that_was_trained(tmp_path, golden_dir, capsys):
+    work = ListeningWorkplace(tmp_path, golden_dir)
+    assert work.run(variant="taste") == 0
+    listening = {"variant": "taste", "encode_jsonl": work.manifest, "mid_layer": 2, "most_units_per_token": 4}
+    assert work.run(**listening, mode="encode") == 0
+    run = work.folder / "exp" / "taste"
+    codes = {path.stem: json.loads(path.read_text()) for path in sorted((run / "codes").glob("*.json"))}
+    assert list(codes) == ["first", "second"]
+    assert [word["word"] for word in codes["first"]["words"]] == ["A", "quiet", "river."]
+    assert "2 of 3 recordings, 5 words" in capsys.readouterr().out
+    assert "missing" in (run / "codes.failures.jsonl").read_text()
+    assert work.run(**listening, mode="decode") == 0
+    assert {path.name for path in (run / "decoded").iterdir()} == {"first.wav", "second.wav"}
+    assert work.run(**listening, run_name="other", seed=1) == 0
+    assert work.run(**listening, run_name="other", mode="decode", codes_dir=run / "codes") == 1
+    told = capsys.readouterr().err
+    assert "first.json: these codes were written by model" in told
+    assert work.run(**listening, run_name="other", mode="decode") == 1
+    assert "holds no codes; write some" in capsys.readouterr().err
 
 
 def test_the_same_command_again_trains_nothing_more(work):
@@ -233,6 +349,12 @@ def test_without_utterance_info_the_speaker_is_left_out(work, capsys):
         ({"variant": "taste_99"}, "VARIANT is 'taste_99'"),
         ({"variant": "text_only", "freeze_llm": True}, "nothing to learn"),
         ({"sampling": "beam"}, "SAMPLING is 'beam'"),
+        ({"mode": "sing"}, "MODE is 'sing'"),
+        ({"mode": "encode", "variant": "taste"}, "there is no tokenizer"),
+        ({"variant": "taste", "fusion": "glue"}, "FUSION is 'glue'"),
+        ({"variant": "taste", "aggregator_heads": 3}, "the width 20 cannot be split among 3"),
+        ({"variant": "all", "init_from": "x"}, "leave INIT_FROM unset"),
+        ({"variant": "taste", "lora_rank": 4}, "LORA_RANK is 4 and FREEZE_LLM False"),
         ({"init_from": "nowhere"}, "INIT_FROM is 'nowhere'"),
         ({"resume": "nowhere.pt"}, "RESUME is 'nowhere.pt'"),
         ({"device": "cuda:77"}, "cuda:77"),

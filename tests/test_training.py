@@ -75,13 +75,19 @@ def records(folder: Path) -> list[dict]:
 
 
 # 3 batches of evaluation before training, 5 steps an epoch, 2 batches of evaluation after each (3 test utterances)
-@pytest.mark.parametrize("looks", [0, 1, 2, 3, 5, 7, 8, 9, 12])
-def test_a_stopped_and_resumed_run_equals_one_that_was_never_stopped(tmp_path, sets, looks):
-    whole = make_trainer(tmp_path / "whole", sets)
+@pytest.mark.parametrize(
+    ("variant", "looks"),
+    [("simple", looks) for looks in (0, 1, 2, 3, 5, 7, 8, 9, 12)]
+    + [("taste", looks) for looks in (0, 3, 5, 9)]  # its codebooks move without any gradient
+    + [("taste_novq", 5)],
+)
+def test_a_stopped_and_resumed_run_equals_one_that_was_never_stopped(tmp_path, sets, variant, looks):
+    whole = make_trainer(tmp_path / "whole", sets, small_model(variant))
     whole.fit()
     with pytest.raises(RunStopped, match=r"last\.pt"):
-        make_trainer(tmp_path / "parts", sets, stop=Asked(after=looks)).fit()
-    going_on = make_trainer(tmp_path / "parts", sets)
+        make_trainer(tmp_path / "parts", sets, small_model(variant), stop=Asked(after=looks)).fit()
+    torch.manual_seed(1234)  # another process has another state
+    going_on = make_trainer(tmp_path / "parts", sets, small_model(variant))
     going_on.resume(load_checkpoint(going_on.last_path))
     going_on.fit()
 
@@ -155,7 +161,42 @@ def test_accumulated_batches_make_the_step_of_one_big_batch(tmp_path, sets, batc
         torch.testing.assert_close(moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("variant", ["text_only", "simple"])
+def test_codebooks_move_in_training_and_are_saved(tmp_path, sets):
+    model = small_model("taste")
+    before = {name: value.clone() for name, value in model.state_dict().items() if "_codebook" in name}
+    trainer = make_trainer(tmp_path, sets, model)
+    history = trainer.fit().history
+    saved = load_checkpoint(trainer.last_path).weights
+    assert all(name in saved for name in before)
+    moved = {name.rpartition(".")[2] for name, value in before.items() if not torch.equal(saved[name], value)}
+    assert moved == {"embed", "embed_avg", "cluster_size"}
+    assert history[1]["train"]["commitment"] > 0 and "commitment" not in history[1]["test"]
+
+
+def test_evaluation_moves_no_codebook(tmp_path, sets):
+    model = small_model("taste")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, sets[0], 3, Accelerator(cpu=True))
+    assert_same(before, model.state_dict())
+
+
+def test_accumulated_batches_average_the_commitment_over_their_words(tmp_path, sets):
+    sizes = {"quantize_dropout": False}
+    norms = []
+    for size, accumulation in ((10, 1), (5, 2)):
+        model = small_model("taste", dropout=0.0, sizes=sizes)
+        for layer in model.quantizer.rvq.layers:
+            layer._codebook.decay = 1.0  # hold the codebooks still, so that only the grouping differs
+        trainer = make_trainer(
+            tmp_path / str(size), sets, model, num_epochs=1, batch_size=size, accumulation_steps=accumulation
+        )
+        trainer.fit()
+        (step,) = [entry for entry in records(tmp_path / str(size)) if entry["kind"] == "step"]
+        norms.append((step["loss"], step["commitment"], step["gradient_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["text_only", "simple", "taste_novq", "taste"])
 def test_a_small_set_is_learned_by_heart(tmp_path, variant):
     train_set = small_dataset(tmp_path, "train", [(2, 6), (3, 5), (4, 7)])
     model = small_model(variant, dropout=0.0)

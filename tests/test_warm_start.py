@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,40 @@ def test_shared_parts_are_the_other_runs_and_new_parts_keep_their_beginning(tmp_
     }
 
 
-@pytest.mark.parametrize("variant", ["text_only", "simple"])
+def test_each_stage_starts_from_the_one_before(tmp_path):
+    stages = ["text_only", "taste_novq", "taste"]
+    new_parts = [["aggregator", "audio_branch", "fusion"], ["quantizer"]]
+    for (before, after), new in zip(itertools.pairwise(stages), new_parts, strict=True):
+        source, model, untouched = trained(small_model(before)), small_model(after), small_model(after).state_dict()
+        assert start_from(model, saved(tmp_path / f"{before}.pt", source))["new_parts"] == new
+        theirs = source.state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, theirs.get(name, untouched[name])), name
+
+
+def test_a_deaf_stage_speaks_as_the_one_before(tmp_path):
+    source, model = trained(small_model("text_only")), small_model("taste_novq")
+    start_from(model, saved(tmp_path / "best.pt", source))
+    with torch.no_grad():
+        model.fusion.weights.copy_(torch.tensor([-50.0, 50.0]))  # speech, text
+    torch.testing.assert_close(model(BATCH).loss_sums, source(BATCH).loss_sums)
+
+
+def test_adapters_are_new_to_a_run_that_starts_without(tmp_path):
+    pytest.importorskip("peft")
+    source = trained(small_model("text_only"))
+    model = small_model("taste_novq", freeze_llm=True, lora_rank=2)
+    start_from(model, saved(tmp_path / "best.pt", source))
+    assert torch.equal(model.llm.llm_decoder.weight, source.llm.llm_decoder.weight)
+    trained(model, seed=6)
+    again = small_model("taste_novq", freeze_llm=True, lora_rank=2)
+    start_from(again, saved(tmp_path / "adapted.pt", model))
+    assert torch.equal(again(BATCH).loss_sums, model(BATCH).loss_sums)
+    with pytest.raises(ValueError, match=r"only in the checkpoint: llm.*lora_A"):
+        start_from(small_model("taste_novq"), tmp_path / "adapted.pt")
+
+
+@pytest.mark.parametrize("variant", ["text_only", "simple", "taste_novq", "taste"])
 def test_the_same_variant_starts_as_the_other_run_ended(tmp_path, variant):
     source, model = trained(small_model(variant)), small_model(variant)
     assert start_from(model, saved(tmp_path / "best.pt", source))["new_parts"] == []

@@ -1,0 +1,154 @@
+"""Turns a text with its recording, or with its codes, into what a model that we trained reads."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
+from taste.batch import Batch, Example, collate
+from taste.build import TasteSizes, build_model
+from taste.checkpoint import load_checkpoint
+from taste.model import CosyVoiceS3Model
+from taste.text import TextTokens
+from taste.whisper_encoder import WhisperEncoder
+from taste.words import word_spans
+
+# T text tokens   W words   L codes a word   N samples
+
+
+class TrainedReader:
+    """A trained model, with the Whisper and the text embeddings that it was trained with.
+
+    Args:
+        model: of variant `taste`; it is moved to the device.
+        model_dir: the model folder it was trained on.
+        whisper_dir: Whisper in transformers' format; None: `<model_dir>/whisper`.
+        mid_layer: the Whisper block that was tapped for the training features.
+        made_with: what stage 1 noted about the models of these features; None: that cannot be checked.
+        device: where to compute.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the training features came from another Whisper.
+    """
+
+    def __init__(
+        self,
+        model: CosyVoiceS3Model,
+        model_dir: str | Path,
+        whisper_dir: str | Path | None = None,
+        mid_layer: int = 6,
+        made_with: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        folder = ModelDir(model_dir)
+        self.model = model.to(device)
+        self._text_embedding = text_embedding_table(folder)
+        self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, device)
+        self._device = device
+        _check_features(made_with, self._whisper, mid_layer)
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint_path: str | Path,
+        model_dir: str | Path,
+        whisper_dir: str | Path | None = None,
+        mid_layer: int = 6,
+        device: torch.device | str = "cpu",
+    ) -> "TrainedReader":
+        """Open what a run of variant `taste` has trained.
+
+        Args:
+            checkpoint_path: its best.pt.
+            model_dir: the model folder it was trained on.
+            whisper_dir: Whisper in transformers' format; None: `<model_dir>/whisper`.
+            mid_layer: the Whisper block that was tapped for its features.
+            device: where to compute.
+
+        Returns:
+            the reader.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the checkpoint is of another variant, or does not fit the folders.
+        """
+        checkpoint = load_checkpoint(Path(checkpoint_path))
+        settings = checkpoint.notes["settings"]
+        if settings["variant"] != "taste":
+            raise ValueError(
+                f"{checkpoint_path} is of variant {settings['variant']!r}, which has no codes; expected a run with "
+                "--variant taste"
+            )
+        model = build_model(
+            model_dir,
+            "taste",
+            speech_width=checkpoint.weights["aggregator.layer_norm.weight"].shape[0],
+            freeze_llm=settings["freeze_llm"],
+            use_speaker=checkpoint.notes["use_speaker"],
+            lora_rank=settings["lora_rank"],
+            taste_sizes=TasteSizes.from_dict(settings),
+        )
+        model.load_learned_state(checkpoint.weights)
+        made_with = checkpoint.notes["features_made_with"]
+        return cls(model, model_dir, whisper_dir, mid_layer, made_with, device)
+
+    def batch(
+        self,
+        text: TextTokens,
+        *,
+        waveform: Tensor | None = None,
+        codes: Tensor | None = None,
+        speaker: Tensor | None = None,
+    ) -> Batch:
+        """One utterance as the model reads it.
+
+        Args:
+            text: tokens and words of the transcript.
+            waveform: the recording, [N] float32 at 16 kHz; or
+            codes: what it was encoded to, [W, L] int64.
+            speaker: speaker vector [192]; needed where the model reads one.
+
+        Returns:
+            a batch of one, on the model's device, with no units yet.
+
+        Raises:
+            ValueError: the recording is empty or longer than Whisper's window.
+        """
+        final = mid = token_codes = None
+        if waveform is not None:
+            (features,) = self._whisper.encode([waveform])
+            final, mid = features.final.float().cpu(), features.mid.float().cpu()
+        if codes is not None:
+            tokens_of_word = torch.tensor([end - start for start, end in word_spans(text.word_ids)])
+            token_codes = codes.repeat_interleave(tokens_of_word, dim=0)[None]  # [1, T, L]
+        tokens = torch.tensor(text.tokens)
+        example = Example(
+            utt_id="",
+            text=self._text_embedding[tokens].float(),
+            speech_final=final,
+            speech_mid=mid,
+            speaker=speaker,
+            units=torch.zeros(0, dtype=torch.int64),
+            text_tokens=tokens,
+            word_ids=torch.tensor(text.word_ids),
+        )
+        return replace(collate([example]), codes=token_codes).to(self._device)
+
+
+def _check_features(made_with: dict[str, Any] | None, whisper: WhisperEncoder, mid_layer: int) -> None:
+    """Refuse to listen with another Whisper than the model was trained with."""
+    now = {"whisper": whisper.digest, "mid_layer": mid_layer}
+    changed = [
+        f"{name}: {made_with[name]} then, {value} now"
+        for name, value in now.items()
+        if made_with and name in made_with and made_with[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the model was trained on features of another Whisper ({'; '.join(changed)}); "
+            "set WHISPER_DIR and MID_LAYER to those of the training features"
+        )

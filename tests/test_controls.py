@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from taste.controls import OtherRecording, Silence, controls_of
+from taste.data import open_dataset
+from taste.whisper_encoder import WhisperEncoder
+from tests.small_stage3 import SIZES, SPEECH_WIDTH, random_examples, small_dataset, write_features
+from tests.small_whisper import WIDTH, write_small_whisper
+
+LENGTHS = [(3, 20), (5, 12), (2, 31), (4, 8)]
+
+
+def test_each_text_hears_the_recording_of_another_one(tmp_path):
+    dataset = small_dataset(tmp_path, "test", LENGTHS)
+    wrong = OtherRecording(dataset)
+    assert len(wrong) == 4 and wrong.lengths == dataset.lengths
+    for index in range(4):
+        right, heard = dataset[index], wrong[index]
+        assert torch.equal(heard.text, right.text) and torch.equal(heard.units, right.units)
+        assert torch.equal(heard.speaker, right.speaker)
+        others = [number for number in range(4) if torch.equal(dataset[number].speech_mid, heard.speech_mid)]
+        assert others and index not in others
+        assert len(heard.speech_mid) == len(heard.speech_final)
+
+
+def test_a_silent_recording_is_as_long_as_the_right_one(tmp_path):
+    dataset = small_dataset(tmp_path, "test", LENGTHS)
+    silence = Silence(dataset, torch.zeros(31, SPEECH_WIDTH), torch.ones(31, SPEECH_WIDTH))
+    for index, (_, frames) in enumerate(LENGTHS):
+        assert silence[index].speech_final.shape == silence[index].speech_mid.shape == (frames, SPEECH_WIDTH)
+        assert silence[index].speech_mid.eq(1).all()
+
+
+def test_silence_is_what_whisper_hears_of_it(tmp_path):
+    folder = write_small_whisper(tmp_path / "whisper")
+    examples = [
+        example._replace(speech_final=torch.ones(units, WIDTH), speech_mid=torch.ones(units, WIDTH))
+        for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
+    ]
+    dataset = open_dataset(write_features(tmp_path, "test", examples), SIZES)
+    heard = {}
+    controls_of(dataset, lambda data: heard.update({type(data): data}) or {}, str(folder), 2)
+    expected = WhisperEncoder(folder, 2).encode([torch.zeros(8 * 320)])[0]
+    torch.testing.assert_close(heard[Silence][3].speech_mid, expected.mid)
+    torch.testing.assert_close(heard[Silence][3].speech_final, expected.final)
+
+
+def test_a_whisper_of_another_width_is_refused(tmp_path):
+    dataset = small_dataset(tmp_path, "test", LENGTHS)
+    results = controls_of(dataset, lambda data: {"top5": len(data)}, str(write_small_whisper(tmp_path / "whisper")), 2)
+    assert results["shuffled"] == {"top5": 4}
+    assert f"is {WIDTH} wide, the features {SPEECH_WIDTH}" in results["silenced"]
+
+
+def test_what_cannot_be_measured_is_said(tmp_path):
+    dataset = small_dataset(tmp_path, "test", LENGTHS[:1])
+    results = controls_of(dataset, lambda data: {}, str(tmp_path / "nowhere"), 6)
+    assert "one utterance cannot hear" in results["shuffled"]
+    assert "no Whisper folder" in results["silenced"]
+    with pytest.raises(ValueError, match="one utterance"):
+        OtherRecording(dataset)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from taste.batch import collate
+from taste.data import UtteranceDataset
+from taste.fitted_start import SPEECH_GAIN, fit_new_parts
+from taste.lengths import valid_mask
+from taste.words import word_starts
+from tests.small_stage3 import TASTE_SIZES, small_model
+from tests.test_fitted_start import FRAMES_A_TOKEN, TOKENS, spoken
+
+NEW_PARTS = ("aggregator.", "audio_branch.", "fusion.", "quantizer.")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> UtteranceDataset:
+    return spoken(tmp_path_factory.mktemp("spoken"))
+
+
+@pytest.fixture(scope="module")
+def fitted(dataset):
+    model = small_model("taste", started=False)
+    return model, fit_new_parts(model, dataset)
+
+
+def test_every_head_looks_where_tokens_are_spoken(dataset, fitted):
+    model, notes = fitted
+    batch = collate([dataset[0]])
+    inputs = (batch.text, batch.speech_final, batch.speech_mid, batch.text_lengths, batch.speech_lengths)
+    for layer in range(TASTE_SIZES.aggregator_layers):
+        weights = model.aggregator.attention(*inputs, layer=layer, by_head=True)[0]  # [H, T, A]
+        own = weights.unflatten(2, (TOKENS, FRAMES_A_TOKEN)).sum(dim=3).diagonal(dim1=1, dim2=2)  # [H, T]
+        assert own.mean() > 0.6 and bool((own > 0.3).all())
+    assert notes["attention_on_token"] > 0.6
+    assert notes["attention_on_token_evenly"] == pytest.approx(1 / TOKENS, rel=0.2)
+
+
+def test_what_is_heard_differs_from_word_to_word_more_than_what_is_read(dataset, fitted):
+    model, _ = fitted
+    batch = collate([dataset[0]])
+    heard = model.aggregate(batch)
+    other_voice = collate([dataset[0]._replace(speech_mid=dataset[1].speech_mid)])
+    moved = (model.aggregate(other_voice) - heard).norm()
+    assert moved > 0.5 * (heard - heard.mean(dim=1, keepdim=True)).norm()
+
+
+def test_speech_begins_as_a_hint_beside_the_text(dataset, fitted):
+    model, _ = fitted
+    batch = collate([dataset[index] for index in range(len(dataset))])
+    valid = valid_mask(batch.text_lengths, batch.text.shape[1])
+    with torch.no_grad():
+        speech = model.audio_branch(model.aggregate(batch), batch.text_lengths)[valid]
+        text = model.llm.encode(batch.text, batch.text_lengths)[0][valid]
+    assert speech.std(dim=0).norm() / text.std(dim=0).norm() == pytest.approx(SPEECH_GAIN, rel=0.05)
+    assert speech.mean(dim=0).abs().max() < 1e-3
+
+
+def test_the_quantizer_begins_close_to_the_words_it_was_started_with(dataset, fitted):
+    model, notes = fitted
+    batch = collate([dataset[index] for index in range(len(dataset))])
+    starts = word_starts(batch.word_ids, batch.text_lengths)
+    words = model.aggregate(batch)[starts]
+    rounded = model.quantizer.decode(model.encode(batch))[starts]
+    left_over = (rounded - words).square().sum() / (words - words.mean(dim=0)).square().sum()
+    assert left_over < 0.6  # three codes of eight for as many channels as these words have
+    assert len(notes["code_usage"]) == TASTE_SIZES.codebooks and notes["code_usage"][0] == 1.0
+
+
+def test_nothing_is_drawn_and_the_pretrained_parts_are_left_alone(dataset, fitted):
+    model, notes = fitted
+    again, before = small_model("taste", started=False), small_model("taste", started=False)
+    state = torch.get_rng_state()
+    assert fit_new_parts(again, dataset) == notes
+    assert torch.equal(torch.get_rng_state(), state)
+    theirs, old = again.state_dict(), before.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+        assert name.startswith(NEW_PARTS) or torch.equal(value, old[name]), name
+
+
+def test_only_the_parts_that_are_named_are_fitted(dataset):
+    model, before = small_model("taste", started=False), small_model("taste", started=False).state_dict()
+    notes = fit_new_parts(model, dataset, {"quantizer"})
+    changed = {
+        name.partition(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"quantizer"}
+    assert notes.keys() == {"utterances", "code_usage"}
+
+
+def test_fitted_parts_still_learn(dataset, fitted):
+    model, _ = fitted
+    model = model.train()
+    scores = model(collate([dataset[index] for index in range(8)]))
+    (scores.loss_sums.sum() + scores.commitment_sums.sum()).backward()
+    silent = ("q_proj", "k_proj", "v_proj", "self_attn_layer_norm", "final_layer_norm", "fc1")  # of what is silent yet
+    for name, value in model.named_parameters():
+        if name.startswith(NEW_PARTS) and not any(part in name for part in silent):
+            assert value.grad is not None and bool(value.grad.abs().sum() > 0), name
+    model.zero_grad()
+    model.eval()
