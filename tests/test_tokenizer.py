@@ -89,8 +89,8 @@ def test_a_recording_becomes_a_row_of_codes_for_each_word(tokenizer, spoken):
 def test_a_file_and_its_waveform_have_the_same_codes(work, tokenizer, spoken):
     waveform = read_audio(work.wav, 16_000).waveform
     assert torch.equal(tokenizer.encode(waveform, TEXT).codes, spoken.codes)
-    backwards = tokenizer.encode(waveform.flip(0), TEXT)
-    assert not torch.equal(backwards.codes, spoken.codes)
+    other = torch.from_numpy(voice_like(0.9, 16_000, seed=6)).float()
+    assert not torch.equal(tokenizer.encode(other, TEXT).codes, spoken.codes)
 
 
 def test_codes_decode_to_the_sound_of_their_units(tokenizer, spoken):
