@@ -247,11 +247,7 @@ class WhisperRecogniser:
         from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
         processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
-        model = WhisperForConditionalGeneration.from_pretrained(
-            folder,
-            local_files_only=True,
-            attn_implementation="eager",  # the others give no attention to tell times by
-        )
+        model = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True)
         self._languages = getattr(model.generation_config, "lang_to_id", None)
         self._pipeline = pipeline(
             "automatic-speech-recognition",
