@@ -267,3 +267,40 @@ def test_the_pitch_of_a_buzz_is_found_and_silence_and_noise_have_none(hz: float)
     assert not track[: frames - 3].any() and (track[2 * frames + 4 :] > 0).float().mean() < 0.2
     torch.testing.assert_close(track[frames + 4 : 2 * frames - 3], torch.full((frames - 7,), hz), rtol=0.005, atol=0)
     assert not pitch(torch.zeros(5000), rate, 256).any() and pitch(torch.zeros(100), rate, 256).shape == (0,)
+
+
+# ---- units that the language model reads wrong
+
+
+def hidden_batches(data_list: Path, most: float, mode: str = "train", number: int = 0) -> list[dict]:
+    steps = [*pipeline(), partial(processor.hide_units, most=most, stretch=4)]
+    dataset = Dataset(data_list, steps, mode=mode)
+    dataset.set_epoch(number)
+    return list(dataset)
+
+
+def test_hidden_units_come_from_the_batch_in_stretches_and_targets_stay(data_list: Path) -> None:
+    plain, hidden = hidden_batches(data_list, 0.0), hidden_batches(data_list, 1.0)
+    assert not any("speech_input" in batch for batch in plain)
+    changed = 0
+    for one, other in zip(plain, hidden, strict=True):
+        assert torch.equal(one["speech_token"], other["speech_token"])
+        assert set(other["speech_input"].unique().tolist()) <= set(one["speech_token"].unique().tolist())
+        differs = other["speech_input"] != one["speech_token"]
+        changed += int(differs.sum())
+        places = differs[:, : differs.shape[1] // 4 * 4].unflatten(1, (-1, 4))
+        assert not places.any(dim=2).all()  # some stretches are left as they are
+    assert changed
+
+
+def test_hidden_units_follow_from_the_epoch_and_are_for_training_only(data_list: Path) -> None:
+    assert_equal(hidden_batches(data_list, 0.5), hidden_batches(data_list, 0.5))
+    first = [batch["speech_input"] for batch in hidden_batches(data_list, 0.5)]
+    second = [batch["speech_input"] for batch in hidden_batches(data_list, 0.5, number=1)]
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=False))
+    assert not any("speech_input" in batch for batch in hidden_batches(data_list, 1.0, mode="dev"))
+
+
+def test_hide_units_refuses_impossible_shares(data_list: Path) -> None:
+    with pytest.raises(ValueError, match=r"most 1\.5"):
+        hidden_batches(data_list, 1.5)

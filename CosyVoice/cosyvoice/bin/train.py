@@ -68,6 +68,7 @@ MAX_EPOCH = None  # int: passes over the data; none: the configuration's
 MAX_STEPS = None  # int: steps of the whole training; none: as many as the epochs have
 MAX_MINUTES = None  # float: of this run, which then saves and ends well; none: no limit
 TOTAL_MINUTES = None  # float: of the whole training, all runs together; none: no limit
+CHECK_EVERY = None  # int: epochs between two cross-validations, each of which writes weights; none: 1
 SAVE_MINUTES = 10.0  # between two states saved within an epoch; 0: only at its end
 ADVERSARIAL_FROM = None  # int: step of hifigan's first adversarial loss, its generator learns alone before; none: 0
 EMA_DECAY = 0.0  # keep a running average of the weights too (epoch_N_ema.pt), e.g. 0.999; 0: none

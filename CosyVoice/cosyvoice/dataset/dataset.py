@@ -7,9 +7,11 @@ import inspect
 import itertools
 import logging
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cosyvoice.dataset.sample import REMAKE_SHARDS, DataError, Sample
 
 log = logging.getLogger(__name__)
 
+READERS = min(8, os.cpu_count() or 1)  # shards read at the same time to be kept in memory
 SEED = 1986  # the released configuration's
 # What these give depends on the epoch or is a batch; what comes before the first of them can be kept.
 STEPS_OF_EACH_EPOCH = (
@@ -30,6 +33,7 @@ STEPS_OF_EACH_EPOCH = (
     processor.sort,
     processor.batch,
     processor.padding,
+    processor.hide_units,
 )
 
 Step = Callable[..., Iterator[Any]]
@@ -135,20 +139,29 @@ class Dataset(IterableDataset):
         return iter(data)
 
     def _kept_or_new(self, once: Sequence[Step], shards: Sequence[str], dropped: Counter[str]) -> Iterator[Sample]:
-        """Give the utterances of each shard, from memory where it has been read to its end before."""
-        for shard in shards:
-            if shard not in self._kept:
-                utterances: list[Sample] = []
-                dropped_here: Counter[str] = Counter()
-                for sample in self._chained(once, [{"src": shard}], dropped_here):
-                    if not self.gan:
-                        sample.pop("speech", None)
-                    utterances.append(sample)
-                    yield dict(sample)
-                self._kept[shard], self._kept_dropped[shard] = utterances, dropped_here
-            else:
-                yield from map(dict, self._kept[shard])
-            dropped.update(self._kept_dropped[shard])
+        """Give the utterances of each shard, from memory where it has been read before; coming ones are read ahead."""
+        missing = iter([shard for shard in shards if shard not in self._kept])
+        with ThreadPoolExecutor(READERS, thread_name_prefix="shard") as pool:
+            coming = {shard: pool.submit(self._read_shard, once, shard) for shard in itertools.islice(missing, READERS)}
+            try:
+                for shard in shards:
+                    if shard in coming:
+                        self._kept[shard], self._kept_dropped[shard] = coming.pop(shard).result()
+                        for following in itertools.islice(missing, 1):
+                            coming[following] = pool.submit(self._read_shard, once, following)
+                    yield from map(dict, self._kept[shard])
+                    dropped.update(self._kept_dropped[shard])
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read_shard(self, once: Sequence[Step], shard: str) -> tuple[list[Sample], Counter[str]]:
+        """The utterances of a shard as far as they are the same in each epoch, and what was dropped of it."""
+        dropped: Counter[str] = Counter()
+        utterances = list(self._chained(once, [{"src": shard}], dropped))
+        if not self.gan:
+            for sample in utterances:
+                sample.pop("speech", None)
+        return utterances, dropped
 
     def _shards_of_this_process(self) -> list[str]:
         """The shards that this process reads in this epoch, in order."""

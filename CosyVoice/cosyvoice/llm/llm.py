@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
@@ -90,7 +89,8 @@ class TransformerLM(nn.Module):
 
         Args:
             batch: `text_token` [B, T] and `speech_token` [B, S], int64, right-padded with any valid id;
-                `text_token_len` and `speech_token_len` [B], integer; `embedding` [B, spk_embed_dim], float.
+                `text_token_len` and `speech_token_len` [B], integer; `embedding` [B, spk_embed_dim], float. Where
+                there is a `speech_input` [B, S], it is read in place of the S3 tokens, which are predicted still.
             device: where to compute.
 
         Returns:
@@ -100,27 +100,46 @@ class TransformerLM(nn.Module):
             self.text_embedding(batch["text_token"].to(device)), batch["text_token_len"].to(device)
         )
         speaker = self._embed_speaker(batch["embedding"].to(device))
-        tokens = batch["speech_token"].to(device)
-        speech = self.speech_embedding(tokens)
-        sos, task = self._marks()
-
-        inputs, targets = [], []
-        rows = zip(text_lengths.tolist(), batch["speech_token_len"].tolist(), strict=True)
-        for row, (text_length, speech_length) in enumerate(rows):
-            # Rows are joined unpadded: padding inside would move the targets of every shorter row.
-            parts = [sos, speaker[row], text[row, :text_length], task, speech[row, :speech_length]]
-            inputs.append(torch.cat(parts))
-            targets.append(self._target(text_length, tokens[row, :speech_length]))
-
-        # Padding frames hold the ignore id too, as published; being hidden from all others, they change nothing.
-        sequence = pad_sequence(inputs, batch_first=True, padding_value=float(IGNORE_ID))
-        target = pad_sequence(targets, batch_first=True, padding_value=IGNORE_ID)
-        hidden, _ = self.llm(sequence, torch.tensor([len(frames) for frames in inputs], device=device))
+        tokens, token_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
+        speech = self.speech_embedding(batch.get("speech_input", batch["speech_token"]).to(device))
+        sequence, target, lengths = self._join(speaker, text, text_lengths, speech, tokens, token_lengths)
+        hidden, _ = self.llm(sequence, lengths)
         logits = self.llm_decoder(hidden).float()  # autocast on the CPU would leave the loss in 16 bits
         return {
             "loss": self.criterion_ce(logits, target),
             "acc": th_accuracy(logits.flatten(0, 1), target, ignore_label=IGNORE_ID),
         }
+
+    def _join(
+        self,
+        speaker: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        speech: Tensor,
+        tokens: Tensor,
+        token_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the parts of each row behind each other without gaps: sequence [B, L, D], target [B, L], lengths [B].
+
+        Padding inside a row would move the targets of every shorter row. All rows are joined by one gather: row by row
+        takes longer than the model itself.
+        """
+        (batch, longest_text, width), (sos, task) = text.shape, self._marks()
+        marks = [mark.expand(batch, 1, width).to(text.dtype) for mark in (sos, task)]
+        parts = torch.cat([marks[0], speaker.to(text.dtype), text, marks[1], speech.to(text.dtype)], dim=1)
+        lengths = 3 + text_lengths + token_lengths
+        place = torch.arange(parts.size(1), device=parts.device)[None]
+        before = 2 + text_lengths[:, None]  # frames before the row's own [task]
+        source = torch.where(place < before, place, place - before + 2 + longest_text).clamp(max=parts.size(1) - 1)
+        joined = parts.gather(1, source[:, :, None].expand(-1, -1, width))
+        # Padding frames hold the ignore id too, as published; being hidden from all others, they change nothing.
+        real = place < lengths[:, None]
+        sequence = joined.masked_fill(~real[:, :, None], float(IGNORE_ID))
+        spoken = tokens.gather(1, (place - before).clamp(0, tokens.size(1) - 1))
+        spoken = torch.where(place - before == token_lengths[:, None], self.eos_token, spoken)
+        target = spoken.masked_fill((place < before) | ~real, IGNORE_ID)
+        longest = int(lengths.max())
+        return sequence[:, :longest], target[:, :longest], lengths
 
     @torch.inference_mode()
     def inference(
@@ -177,11 +196,6 @@ class TransformerLM(nn.Module):
         if not end_allowed:
             log_prob[self.eos_token] = -torch.inf
         return self.sampling(log_prob, decoded, sampling)
-
-    def _target(self, text_length: int, tokens: Tensor) -> Tensor:
-        """What each position of one row predicts, [L]: nothing up to the text's end, then the S3 tokens and the end."""
-        nothing, end = tokens.new_full((2 + text_length,), IGNORE_ID), tokens.new_full((1,), self.eos_token)
-        return torch.cat([nothing, tokens, end])
 
     def _embed_speaker(self, embedding: Tensor) -> Tensor:
         """Speaker vectors [B, spk_embed_dim] as frames of the sequence, [B, 1, D]."""

@@ -70,6 +70,7 @@ FUNCTIONS = {
         "sort",
         "batch",
         "padding",
+        "hide_units",
     )
 }
 BUILDABLE = {"!new:": CLASSES, "!name:": FUNCTIONS}

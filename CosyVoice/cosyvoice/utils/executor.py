@@ -62,12 +62,20 @@ class TrainConfig:
     max_minutes: float | None = None  # of this run
     total_minutes: float | None = None  # of the whole training
     save_minutes: float = 10.0  # between two states written within an epoch; 0: none
+    check_every: int = 1  # epochs between two cross-validations, each of which writes weights
     adversarial_from: int = 0  # step of a GAN's first adversarial loss; until then its generator learns alone
     dtype: str = "fp32"
     seed: int = 1986
 
     def __post_init__(self) -> None:
-        least = {"max_epoch": 1, "accum_grad": 1, "log_interval": 1, "save_minutes": 0, "adversarial_from": 0}
+        least = {
+            "max_epoch": 1,
+            "check_every": 1,
+            "accum_grad": 1,
+            "log_interval": 1,
+            "save_minutes": 0,
+            "adversarial_from": 0,
+        }
         problems = [f"{name} is {vars(self)[name]}, wanted {low} or more" for name, low in least.items()]
         problems = [line for line, (name, low) in zip(problems, least.items(), strict=True) if vars(self)[name] < low]
         problems += [
@@ -241,11 +249,15 @@ class Executor:
         reason = self._completed()
         while reason is None:
             reason = self._train_epoch()
-            if progress.batches:
+            last_epoch = reason is not None or progress.epoch + 1 >= self.config.max_epoch
+            due = last_epoch or (progress.epoch + 1) % self.config.check_every == 0
+            if progress.batches and due:
                 self._check_and_save(f"epoch_{progress.epoch}")
             if reason is None:
                 progress.batches_per_epoch, progress.epoch, progress.batches = progress.batches, progress.epoch + 1, 0
                 reason = self._completed()
+            if not due and reason is None:
+                continue
             progress.complete = reason is not None and reason == self._completed()
             self._save_last()
             self.log.draw(f"{self.model_dir.name}: step {progress.step}, epoch {progress.epoch}")

@@ -23,7 +23,7 @@ TRAIN_CONF_KEYS = frozenset(
     (
         *("optim", "optim_conf", "scheduler", "scheduler_conf", "max_epoch", "grad_clip", "accum_grad"),
         *("log_interval", "save_per_step", "optim_d", "optim_conf_d", "scheduler_d", "scheduler_conf_d"),
-        *("cache", "adversarial_from"),
+        *("cache", "adversarial_from", "check_every"),
     )
 )
 NEEDED_KEYS = ("optim", "optim_conf", "scheduler", "max_epoch", "grad_clip", "accum_grad")
@@ -34,6 +34,7 @@ OVERRIDES = (
     "max_minutes",
     "total_minutes",
     "save_minutes",
+    "check_every",
     "adversarial_from",
     "dtype",
     "seed",
@@ -102,6 +103,7 @@ def resolved_config(conf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Tr
         "log_interval": conf.get("log_interval", LOG_INTERVAL),
         "save_per_step": conf.get("save_per_step", -1),
         "adversarial_from": conf.get("adversarial_from", 0),
+        "check_every": conf.get("check_every", 1),
     }
     values |= {name: overrides[name] for name in OVERRIDES if overrides.get(name) is not None}
     return TrainConfig(**values)
