@@ -1,13 +1,14 @@
 """Trains all variants on the same data from the same seed, and sets what they reach side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taste.atomic import atomic_path
 from taste.checkpoint import write_json
+from taste.measure_table import PAPER
 from taste.model import VARIANTS
 from taste.plots import plot_comparison
+from taste.run_report import TABLE_FILE, measures_of, write_run_report
 from taste.settings import Settings
 from taste.variant_run import run_folder_of, run_variant
 
@@ -15,30 +16,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STAGES = {"simple": "text_only", "taste_novq": "text_only", "taste": "taste_novq"}  # whose weights each starts from
-PAPERS_TOP5 = {"text_only": 0.65, "taste_novq": 0.88, "taste": 0.76}  # TASTE, table 4
-PAPERS_NOTE = (
-    "The last column is theirs: teacher-forced top-5 of arXiv 2504.07053, table 4, with the full-size models on their "
-    "own data. It shows the order to expect, not a figure to compare with."
-)
-COLUMNS = (  # heading, how to find it in metrics.json, format
-    ("test loss", ("test", "loss"), ".3f"),
-    ("top-1", ("test", "top1"), ".3f"),
-    ("top-5", ("test", "top5"), ".3f"),
-    ("top-5, other recording", ("controls", "shuffled", "top5"), ".3f"),
-    ("top-5, silence", ("controls", "silenced", "top5"), ".3f"),
-    ("unit error rate", ("generation", "token_error_rate"), ".3f"),
-    ("length ratio", ("generation", "length_ratio"), ".2f"),
-    ("ended itself", ("generation", "eos_rate"), ".2f"),
-    ("BLEU", ("generation", "bleu"), ".1f"),
-    ("unigram F1", ("generation", "unigram_f1"), ".3f"),
-    ("bit/s", ("codes", "bits_per_second"), ".0f"),
-)
 
 
 def compare_variants(
     settings: Settings, accelerator: "Accelerator", loss_curve_path: Path, stop_requested: Callable[[], bool]
 ) -> None:
-    """Run every variant, or go on with it, and write one table and one picture.
+    """Run every variant, or go on with it, and set what they reach side by side.
 
     With STAGES each training starts from the one before, as in the paper: `simple` and `taste_novq` from `text_only`,
     `taste` from `taste_novq`. Each run lies in a folder of its own under exp/<RUN_NAME, or "all">/.
@@ -60,7 +43,7 @@ def compare_variants(
             "unset, and RESUME auto or never"
         )
     folder = run_folder_of(settings)
-    metrics = {}
+    results = {}
     for variant in VARIANTS:
         if accelerator.is_main_process:
             print(f"\n== {variant}")
@@ -72,63 +55,28 @@ def compare_variants(
             init_from=str(folder / start) if start else None,
             freeze_llm=settings.freeze_llm and not (variant == "text_only" and not settings.lora_rank),
         )
-        metrics[variant] = run_variant(own, accelerator, loss_curve_path, stop_requested)
+        results[variant] = run_variant(own, accelerator, loss_curve_path, stop_requested)
     if accelerator.is_main_process:
-        write_comparison(folder, metrics, settings.to_dict())
+        write_comparison(folder, results, settings.to_dict())
 
 
-def write_comparison(folder: Path, metrics: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write comparison.json, comparison.md and comparison.png, and print the table.
+def write_comparison(folder: Path, results: Mapping[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write the table, the picture and the report of several runs, and print the table.
 
     Args:
-        folder: where to.
-        metrics: of each variant, what its metrics.json holds.
+        folder: holds a run's folder for each variant; table.md, report.html, comparison.json and comparison.png are
+            written beside them.
+        results: of each variant, what its metrics.json holds.
         settings: of the runs, as JSON knows values.
     """
-    rows = [{"variant": variant} | _figures(found) for variant, found in metrics.items()]
-    papers = [row | {"paper_top5": PAPERS_TOP5.get(row["variant"])} for row in rows]
-    write_json(folder / "comparison.json", {"rows": papers, "paper": PAPERS_NOTE, "settings": settings})
-    table = markdown_table(rows)
-    with atomic_path(folder / "comparison.md") as temporary:
-        temporary.write_text(f"{table}\n\n{PAPERS_NOTE}\n", encoding="utf-8")
+    measures = {variant: measures_of(found) for variant, found in results.items()}
+    write_json(folder / "comparison.json", {"measures": measures, "paper": PAPER, "settings": settings})
     plot_comparison(
         folder / "comparison.png",
-        {variant: found["history"] for variant, found in metrics.items() if found.get("history")},
-        [(row["variant"], row["top-5"], row["top-5, other recording"]) for row in rows],
+        {variant: found["history"] for variant, found in results.items() if found.get("history")},
+        [(variant, own["top5"], own.get("top5_shuffled")) for variant, own in measures.items()],
     )
-    print(f"\n{table}\n\n{PAPERS_NOTE}\nalso in {folder / 'comparison.md'}, comparison.json and comparison.png")
-
-
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures of all variants as a table.
-
-    Args:
-        rows: a variant each; a figure that is not there is None.
-
-    Returns:
-        Markdown.
-    """
-    columns = [(name, form) for name, _, form in COLUMNS if any(row[name] is not None for row in rows)]
-    lines = [
-        f"| variant | {' | '.join(name for name, _ in columns)} | paper's top-5 |",
-        "| --- |" + " --- |" * (len(columns) + 1),
-    ]
-    for row in rows:
-        cells = ["" if row[name] is None else format(row[name], form) for name, form in columns]
-        paper = PAPERS_TOP5.get(row["variant"])
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} | {'' if paper is None else f'{paper:.2f}'} |")
-    return "\n".join(lines)
-
-
-def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """What the columns show of one run."""
-    return {name: _find(metrics, path) for name, path, _ in COLUMNS}
-
-
-def _find(values: Any, path: Sequence[str]) -> float | None:
-    """A nested value; None where it is not there, or is a text that says why."""
-    for name in path:
-        if not isinstance(values, dict) or name not in values:
-            return None
-        values = values[name]
-    return values
+    runs = {variant: folder / variant for variant in results}
+    write_run_report(folder, runs, settings["cosyvoice_model_dir"], f"{folder.name}: all variants")
+    table = (folder / TABLE_FILE).read_text(encoding="utf-8")
+    print(f"\n{table}\nalso in {folder}: {TABLE_FILE}, comparison.json, comparison.png, report.html")

@@ -1,17 +1,20 @@
 """Lets a trained model speak some test utterances, measures what it says, and makes it sound."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cosyvoice.utils.model_dir import get_tokenizer
 from taste.data import UtteranceDataset, spread_evenly
 from taste.generation import Sampling
+from taste.listening import codes_of
 from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model
 from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
+from taste.run_report import measure_run, note_shown
 from taste.settings import Settings
 from taste.synthesis import UnitDecoder
 from taste.transcript_fit import misfits
@@ -52,14 +55,20 @@ def show(
     if weights:
         results["attention"] = describe_attention(weights)
         _warn_of_misfits(shown, weights)
-    if settings.decode_wavs:
-        decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
-        chosen = spread_evenly(len(shown), settings.decode_wavs)
-        decoded, their_units = shown.subset(chosen), units.subset(chosen)
-        results["wavs"] = decode_units(decoder, decoded, their_units, run_folder, settings.seed, stop_requested)
-        if weights:
-            tokenizer = get_tokenizer(settings.cosyvoice_model_dir)
-            draw_alignments([weights[index] for index in chosen], decoder, decoded, tokenizer, run_folder)
+    if not settings.decode_wavs:
+        return results
+    decoder = UnitDecoder(settings.cosyvoice_model_dir, device)
+    chosen = spread_evenly(len(shown), settings.decode_wavs)
+    decoded, their_units = shown.subset(chosen), units.subset(chosen)
+    results["wavs"] = decode_units(decoder, decoded, their_units, run_folder, settings.seed, stop_requested)
+    tokenizer = get_tokenizer(settings.cosyvoice_model_dir)
+    weights = [weights[index] for index in chosen] if weights else []
+    if weights:
+        draw_alignments(weights, decoder, decoded, tokenizer, run_folder)
+    codes = codes_of(model, decoded, device) if model.quantizer is not None else []
+    note_shown(run_folder, decoded, tokenizer, weights, codes)
+    if settings.measure_sounds:
+        results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir)
     return results
 
 
@@ -78,7 +87,7 @@ def sampling_of(settings: Settings) -> Sampling:
     return Sampling(settings.sampling, settings.top_k, settings.least_units_per_token, settings.most_units_per_token)
 
 
-def _warn_of_misfits(dataset: UtteranceDataset, weights: list[torch.Tensor]) -> None:
+def _warn_of_misfits(dataset: UtteranceDataset, weights: Sequence[Tensor]) -> None:
     """Name the utterances whose text the model does not find in the recording."""
     for index, (utt_id, rows) in enumerate(zip(dataset.utt_ids, weights, strict=True)):
         example = dataset[index]

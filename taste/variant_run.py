@@ -20,9 +20,11 @@ from taste.output_lock import OutputLock
 from taste.plots import plot_losses
 from taste.provenance import noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
+from taste.run_report import write_run_report
 from taste.scoring import evaluate
 from taste.settings import Settings
 from taste.shown import show
+from taste.train_board import TrainBoard
 from taste.training import Trainer, TrainingConfig
 from taste.transcript_fit import misfits
 from taste.warm_start import find_start, start_from
@@ -100,6 +102,7 @@ def run_variant(
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
             settings.save(run_folder / "settings.json")
             write_json(run_folder / "metrics.json", results)
+            write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
             print(summary(results, run_folder))
     return results
 
@@ -277,9 +280,13 @@ def train(
     def draw(history: list[dict[str, Any]]) -> None:
         plot_losses(loss_curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
 
-    def show_epoch(history: list[dict[str, Any]]) -> None:
+    board = TrainBoard(run_folder / "tensorboard", run_folder / "metrics.jsonl") if settings.tensorboard else None
+
+    def show_epoch(history: list[dict[str, Any]]) -> None:  # called in the main process only
         print(epoch_line(history[-1]), flush=True)
         draw(history)
+        if board:
+            board.update(history)
 
     trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch)
     if checkpoint:
@@ -294,7 +301,11 @@ def train(
                 file.unlink(missing_ok=True)
     if accelerator.is_main_process:
         settings.save(run_folder / "settings.json")
-    progress = trainer.fit()
+    try:
+        progress = trainer.fit()
+    finally:
+        if board:
+            board.close()
     model.load_learned_state(load_checkpoint(trainer.best_path).weights)
     return {
         "checkpoint": str(trainer.best_path),

@@ -44,6 +44,8 @@ class Workplace:
             "exp_dir": self.folder / "exp",
             "loss_curve_path": self.folder / "loss_curve.png",
             "device": "cpu",
+            "measure_sounds": False,
+            "tensorboard": False,
             **QUICK,
             **SMALL,
         }
@@ -113,10 +115,19 @@ def test_both_classes_are_importable_from_the_script():
     assert issubclass(CosyVoiceS3Model, torch.nn.Module) and issubclass(SimpleTextSpeechAggregator, torch.nn.Module)
 
 
+def metrics_of_sounds(metrics: dict) -> set[str]:
+    """Systems whose sounds were measured."""
+    return {name for name, values in metrics["sounds"]["measures"].items() if "mcd_db" in values}
+
+
 @pytest.mark.parametrize("variant", ["text_only", "simple", "taste_novq", "taste"])
 def test_a_run_writes_all_that_it_promises(work, variant, capsys):
-    assert work.run(variant=variant, **SPEAKING) == 0
+    assert work.run(variant=variant, measure_sounds=True, tensorboard=True, **SPEAKING) == 0
     run = work.folder / "exp" / variant
+    assert metrics_of_sounds(work.metrics(variant)) == {"true_units", variant}
+    assert list((run / "tensorboard").iterdir())
+    page = (run / "report.html").read_text()
+    assert "utt-02" in page and "data:audio" in page
     assert (work.folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     for name in ("settings.json", "metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.json", "figures/units.png"):
         assert (run / name).is_file(), name
@@ -150,17 +161,18 @@ def test_a_run_writes_all_that_it_promises(work, variant, capsys):
 def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys):
     assert work.run(variant="all", num_epochs=1) == 0
     folder = work.folder / "exp" / "all"
-    rows = json.loads((folder / "comparison.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["text_only", "simple", "taste_novq", "taste"]
-    for row in rows:
-        metrics = work.metrics(f"all/{row['variant']}")
-        assert row["top-5"] == metrics["test"]["top5"] and len(metrics["history"]) == 2
+    measures = json.loads((folder / "comparison.json").read_text())["measures"]
+    assert list(measures) == ["text_only", "simple", "taste_novq", "taste"]
+    for variant, measured in measures.items():
+        metrics = work.metrics(f"all/{variant}")
+        assert measured["top5"] == metrics["test"]["top5"] and len(metrics["history"]) == 2
         started = metrics["started_from"]
         expected = {"text_only": None, "simple": "text_only", "taste_novq": "text_only", "taste": "taste_novq"}
-        assert (started and started["variant"]) == expected[row["variant"]]
-    assert "| taste |" in capsys.readouterr().out and "| taste |" in (folder / "comparison.md").read_text()
-    assert (folder / "comparison.png").is_file()
-    before = {row["variant"]: work.weights(f"all/{row['variant']}") for row in rows}
+        assert (started and started["variant"]) == expected[variant]
+    assert "teacher-forced top-5" in capsys.readouterr().out
+    for name in ("table.md", "comparison.png", "report.html"):
+        assert (folder / name).is_file()
+    before = {variant: work.weights(f"all/{variant}") for variant in measures}
     assert work.run(variant="all", num_epochs=1) == 0  # the same command again trains nothing more
     for variant, weights in before.items():
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
