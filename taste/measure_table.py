@@ -38,6 +38,8 @@ MEASURES = {
     "loss": Measure("teacher-forced loss of a unit, nats", "lower", ".3f"),
     "top1": Measure("teacher-forced top-1 accuracy", "higher", ".3f"),
     "top5": Measure("teacher-forced top-5 accuracy", "higher", ".3f"),
+    "top5_shuffled": Measure("top-5 accuracy, hearing another recording (control)", "", ".3f"),
+    "top5_silenced": Measure("top-5 accuracy, hearing silence (control)", "", ".3f"),
     "token_error_rate": Measure("unit error rate, free running", "lower", ".3f"),
     "length_ratio": Measure("units for each true unit", "", ".2f"),
     "eos_rate": Measure("utterances ended by the model", "higher", ".1f", " %", 100),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,8 @@ class ReportUtterance:
     word_spans: Sequence[tuple[int, int]] = ()  # of each word the first token, and the one behind its last
     word_times: Sequence[tuple[float, float] | None] | None = None  # of each word in the original, seconds
     codes: Tensor | None = None  # [W, levels] int64
-    notes: Sequence[str] = field(default=())  # what a listener should know
+    notes: Sequence[str] = ()  # what a listener should know
+    words: Sequence[str] = ()  # W; none: the labels of its tokens joined, which may cut a character of several tokens
 
 
 class _Sound(NamedTuple):
@@ -230,6 +231,8 @@ def _check(utterance: ReportUtterance) -> None:
         problems.append(f"attention of {utterance.attention.shape[0]} tokens, but {tokens} token labels")
     if utterance.codes is not None and len(utterance.codes) != words:
         problems.append(f"codes of {len(utterance.codes)} words, but {words} word spans")
+    if utterance.words and len(utterance.words) != words:
+        problems.append(f"{len(utterance.words)} words, but {words} word spans")
     if utterance.word_times is not None and len(utterance.word_times) != words:
         problems.append(f"times of {len(utterance.word_times)} words, but {words} word spans")
     if any(not 0 <= first < end <= tokens for first, end in utterance.word_spans):
@@ -241,6 +244,8 @@ def _check(utterance: ReportUtterance) -> None:
 
 
 def _words_of(utterance: ReportUtterance) -> list[str]:
+    if utterance.words:
+        return list(utterance.words)
     return ["".join(utterance.token_labels[first:end]).strip() for first, end in utterance.word_spans]
 
 

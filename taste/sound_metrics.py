@@ -31,6 +31,7 @@ CEPSTRA = 24  # of the mel spectrum's shape; the one of its loudness is left out
 SILENCE_DB = 60.0  # below the loudest band of the recording: what is softer counts as equal
 LEAST_SECONDS = 0.05  # of a sound to be compared
 LEAST_VOICED_FRAMES = 10  # that both sounds must have for a correlation to mean something
+LEAST_MELODY_OCTAVES = 0.1 / 12  # standard deviation of F0: a voice that moves less is a monotone to the ear
 DURATION_TOLERANCE_S = 0.05  # within which a word's duration is kept; the paper's
 DB_PER_NEPER = 20 / math.log(10)  # of a natural logarithm of an amplitude
 
@@ -41,7 +42,9 @@ class SoundMetrics(NamedTuple):
     """One sound against its reference, along the alignment in time that makes their spectra most alike."""
 
     mcd_db: float  # mel-cepstral distortion: root mean square of the difference of the mel spectra's shapes
-    f0_correlation: float | None  # of log F0 where both have a voice; None where that is hardly ever, or F0 is constant
+    f0_correlation: (
+        float | None
+    )  # of log F0 where both have a voice; None where that is hardly ever, or one is a monotone
     voicing_error: float  # share of the alignment where one has a voice and the other none
     seconds_ratio: float  # length of the sound for each second of the reference
 
@@ -253,6 +256,11 @@ def evaluate_sounds(
             if row.original is not None and len(sound) >= LEAST_SECONDS * rate_hz:
                 _compare(row.original, sound, rate_hz, encoder, results[name])
     measures = {name: collected.measures(name == "original") for name, collected in results.items()}
+    notes += [
+        f"no F0 correlation of {name}: its voice never moves, or is hardly there"
+        for name in names
+        if results[name].sounds and measures[name]["f0_correlation"] is None
+    ]
     return SoundEvaluation(measures, skipped, tuple(notes))
 
 
@@ -367,7 +375,7 @@ def _log_f0(waveform: Tensor, rate_hz: int) -> np.ndarray:
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     both = ~np.isnan(first) & ~np.isnan(second)
-    if both.sum() < LEAST_VOICED_FRAMES or min(first[both].std(), second[both].std()) < 1e-6:
+    if both.sum() < LEAST_VOICED_FRAMES or min(first[both].std(), second[both].std()) < LEAST_MELODY_OCTAVES:
         return None
     return float(np.corrcoef(first[both], second[both])[0, 1])
 

@@ -90,6 +90,7 @@ def test_melodies_of_known_direction_correlate():
     rising, falling = glide([120, 180]), glide([180, 120])
     assert compare_sounds(rising, glide([200, 300]), RATE_HZ).f0_correlation > 0.95  # a third higher, the same melody
     assert compare_sounds(rising, falling, RATE_HZ).f0_correlation < -0.5
+    assert compare_sounds(rising, glide([150, 150.5]), RATE_HZ).f0_correlation is None  # nobody hears it move
 
 
 def test_a_monotone_has_no_correlation_and_noise_has_no_voice():
