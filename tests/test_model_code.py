@@ -432,20 +432,27 @@ UNTIL_THE_END = {"num_epochs": 6, "batch_size": 2, "checkpoint_every": 2, **SPEA
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, golden_dir) -> Workplace:
-    """A workplace where one run has come to its end."""
+    """A workplace where runs have come to their end."""
     work = Workplace(tmp_path_factory.mktemp("undisturbed"), golden_dir)
-    assert work.run(run_name="alone", **UNTIL_THE_END) == 0
+    for variant in ("simple", "taste"):
+        assert work.run(run_name=f"{variant}_alone", variant=variant, **UNTIL_THE_END) == 0
     return work
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "steps", "code"),
-    [(signal.SIGKILL, 7, -signal.SIGKILL), (signal.SIGTERM, 11, 143), (signal.SIGINT, 3, 130)],
+    ("variant", "number", "steps", "code"),
+    [
+        ("simple", signal.SIGKILL, 7, -signal.SIGKILL),
+        ("simple", signal.SIGTERM, 11, 143),
+        ("simple", signal.SIGINT, 3, 130),
+        ("taste", signal.SIGKILL, 12, -signal.SIGKILL),
+    ],
 )
-def test_a_run_ended_by_a_signal_and_started_again_equals_one_left_alone(undisturbed, number, steps, code):
-    work, name = undisturbed, f"ended_by_{number}"
-    process = start(work, run_name=name, **UNTIL_THE_END)
+def test_a_run_ended_by_a_signal_and_started_again_equals_one_left_alone(undisturbed, variant, number, steps, code):
+    work, name = undisturbed, f"{variant}_ended_by_{number}"
+    options = {"variant": variant, **UNTIL_THE_END}
+    process = start(work, run_name=name, **options)
     wait_for_steps(work, name, steps)
     process.send_signal(number)
     _, told = process.communicate(timeout=KILL_TIMEOUT_SECONDS)
@@ -454,8 +461,8 @@ def test_a_run_ended_by_a_signal_and_started_again_equals_one_left_alone(undistu
         assert "The same command goes on from there" in told
     reached = load_checkpoint(work.folder / "exp" / name / "checkpoints" / "last.pt").notes["progress"]["step"]
     assert steps - 2 <= reached < 30
-    assert work.run(run_name=name, **UNTIL_THE_END) == 0
-    assert_same_run(work, name, "alone")
+    assert work.run(run_name=name, **options) == 0
+    assert_same_run(work, name, f"{variant}_alone")
 
 
 @pytest.mark.slow
