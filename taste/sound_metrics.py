@@ -256,11 +256,10 @@ def evaluate_sounds(
             if row.original is not None and len(sound) >= LEAST_SECONDS * rate_hz:
                 _compare(row.original, sound, rate_hz, encoder, results[name])
     measures = {name: collected.measures(name == "original") for name, collected in results.items()}
-    notes += [
-        f"no F0 correlation of {name}: its voice never moves, or is hardly there"
-        for name in names
-        if results[name].sounds and measures[name]["f0_correlation"] is None
-    ]
+    if any(row.original is not None for row in rows) and all(
+        measures[name]["f0_correlation"] is None for name in names
+    ):
+        skipped["f0_correlation"] = "none: no system has a voice that moves"
     return SoundEvaluation(measures, skipped, tuple(notes))
 
 

@@ -210,6 +210,15 @@ def test_what_nobody_can_judge_is_skipped_with_its_reason(recordings, tmp_path):
     assert evaluate_sounds([], RATE_HZ, tmp_path).measures == {}
 
 
+def test_a_melody_that_nobody_has_is_explained():
+    monotone, melody = glide([150, 150]), glide([120, 180, 140])
+    for sound, explained in ((monotone, True), (melody, False)):
+        row = UtteranceSounds("a", "The old house", melody, {"taste": sound, "true_units": monotone})
+        result = evaluate_sounds([row], RATE_HZ, MODEL_DIR, Found(None, "skipped"))
+        assert ("f0_correlation" in result.skipped) == explained
+        assert result.measures["true_units"]["f0_correlation"] is None
+
+
 def test_a_recording_that_is_gone_costs_the_comparison_only(recordings):
     row = UtteranceSounds("a", "The old house", None, {"good": recordings["slt"][:30_000]})
     result = evaluate_sounds([row], RATE_HZ, MODEL_DIR, Found(ScriptedRecogniser({30_000: REFERENCE}, True), "script"))
