@@ -59,15 +59,17 @@ def recording() -> torch.Tensor:
     return read_audio(ROOT / "json" / "demo_audio" / "slt" / f"{UTT_ID}.flac", RATE_HZ).waveform
 
 
-def write_run(folder: Path, recording: torch.Tensor, predicted: torch.Tensor, hears: bool) -> Path:
+def write_run(folder: Path, recording: torch.Tensor, predicted: torch.Tensor) -> Path:
+    """A run whose folder has the name of its variant."""
+    hears, has_codes = folder.name != "text_only", folder.name == "taste"
     sounds = {"original": recording, "true_units": recording, "predicted": predicted}
     for name, sound in sounds.items():
         write_wav(folder / "wavs" / f"{UTT_ID}_{name}.wav", sound, RATE_HZ)
     write_wav(folder / "wavs" / "an-earlier-run_predicted.wav", recording, RATE_HZ)
     attention = [torch.softmax(torch.randn(4, 9), dim=1)] if hears else []
-    note_shown(folder, Shown(), Letters(), attention, [torch.tensor([[1, 2], [3, 4]])] if hears else [])
-    metrics = METRICS if hears else {"test": METRICS["test"], "history": METRICS["history"]}
-    sounds = measure_run(folder, "taste" if hears else "text_only", MODEL_DIR, NOBODY)
+    note_shown(folder, Shown(), Letters(), attention, [torch.tensor([[1, 2], [3, 4]])] if has_codes else [])
+    metrics = METRICS if has_codes else {"test": METRICS["test"], "history": METRICS["history"]}
+    sounds = measure_run(folder, folder.name, MODEL_DIR, NOBODY)
     (folder / "metrics.json").write_text(json.dumps({**metrics, "sounds": sounds}))
     (folder / "settings.json").write_text(json.dumps({"variant": folder.name}))
     return folder
@@ -77,8 +79,9 @@ def write_run(folder: Path, recording: torch.Tensor, predicted: torch.Tensor, he
 def runs(tmp_path_factory, recording) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exp")
     return {
-        "text_only": write_run(folder / "text_only", recording, recording[: RATE_HZ // 2], hears=False),
-        "taste": write_run(folder / "taste", recording, recording, hears=True),
+        "text_only": write_run(folder / "text_only", recording, recording[: RATE_HZ // 2]),
+        "taste_novq": write_run(folder / "taste_novq", recording, recording),
+        "taste": write_run(folder / "taste", recording, recording),
     }
 
 
@@ -92,14 +95,14 @@ def test_each_run_is_measured_by_its_own_sounds(runs):
 
 def test_a_report_of_several_runs_sets_their_sounds_and_figures_side_by_side(runs, tmp_path):
     page = write_run_report(tmp_path, runs, MODEL_DIR, "all", Found(Aligner(), "aligner")).read_text()
-    for title in ("original recording", "true S3 units", "text only", "TASTE"):
+    for title in ("original recording", "true S3 units", "text only", "TASTE without quantizer", "TASTE"):
         assert page.count(f'aria-label="{title}: ab c"') == 1
     assert "an-earlier-run" not in page
     assert "Attention below: TASTE." in page and "Codes below: TASTE." in page
     assert 'aria-hidden="true">ab</div>' in page  # the word, over its place in the recording
     table = (tmp_path / "table.md").read_text()
-    assert "| bit rate | – | 108 bit/s (paper 150 bit/s†) | – | – |" in table
-    assert "| top-5 accuracy, hearing another recording (control) | – | 0.400 | – | – |" in table
+    assert "| bit rate | – | – | 108 bit/s (paper 150 bit/s†) | – | – |" in table
+    assert "| top-5 accuracy, hearing another recording (control) | – | – | 0.400 | – | – |" in table
     assert table.count("skipped: needs ears") == 4
 
 
@@ -110,7 +113,7 @@ def test_an_unfinished_run_is_reported_with_what_it_has(tmp_path):
 
 
 def test_a_silent_sound_is_left_out(tmp_path, recording, capsys):
-    run = write_run(tmp_path / "run", recording, torch.zeros(RATE_HZ), hears=True)
+    run = write_run(tmp_path / "taste", recording, torch.zeros(RATE_HZ))
     page = write_run_report(tmp_path, {"taste": run}, MODEL_DIR, "one", NOBODY).read_text()
     assert page.count("<audio") == 2
     assert "silent" in capsys.readouterr().out
