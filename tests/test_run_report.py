@@ -1,6 +1,8 @@
 """A report is gathered from what runs left in their folders, each figure and sound from where it belongs."""
 
+import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +68,7 @@ def write_run(folder: Path, recording: torch.Tensor, predicted: torch.Tensor) ->
     for name, sound in sounds.items():
         write_wav(folder / "wavs" / f"{UTT_ID}_{name}.wav", sound, RATE_HZ)
     write_wav(folder / "wavs" / "an-earlier-run_predicted.wav", recording, RATE_HZ)
-    attention = [torch.softmax(torch.randn(4, 9), dim=1)] if hears else []
+    attention = [torch.softmax(torch.randn(4, 12 if has_codes else 9), dim=1)] if hears else []
     note_shown(folder, Shown(), Letters(), attention, [torch.tensor([[1, 2], [3, 4]])] if has_codes else [])
     metrics = METRICS if has_codes else {"test": METRICS["test"], "history": METRICS["history"]}
     sounds = measure_run(folder, folder.name, MODEL_DIR, NOBODY)
@@ -99,6 +101,8 @@ def test_a_report_of_several_runs_sets_their_sounds_and_figures_side_by_side(run
         assert page.count(f'aria-label="{title}: ab c"') == 1
     assert "an-earlier-run" not in page
     assert "Attention below: TASTE." in page and "Codes below: TASTE." in page
+    (png,) = re.findall(r'<img src="data:image/png;base64,([^"]+)"[^>]+alt="Attention of 4 text tokens', page)
+    assert int.from_bytes(base64.b64decode(png)[16:20], "big") == 12  # a PNG's width: the frames of that run
     assert 'aria-hidden="true">ab</div>' in page  # the word, over its place in the recording
     table = (tmp_path / "table.md").read_text()
     assert "| bit rate | – | – | 108 bit/s (paper 150 bit/s†) | – | – |" in table
