@@ -62,7 +62,7 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series])
     for value in y_ticks:
         _, y = place(x_range[0], value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     for value in x_ticks:
         if x_range[0] <= value <= x_range[1]:
             x, _ = place(value, y_range[0])
