@@ -78,6 +78,7 @@ CHECKPOINT_EVERY = 0  # steps between checkpoints within an epoch; 0: at its end
 # --- sizes of what taste_novq and taste have beside the language model -----------
 AGGREGATOR_LAYERS = 2  # cross-attention layers that gather the speech of each text token
 AGGREGATOR_HEADS = 4  # their heads; they divide the width of the Whisper features; 20 for Whisper-large-v3
+AGGREGATOR_FROM_WHISPER = False  # start them from Whisper's own decoder (WHISPER_DIR), where it has one of that size
 AUDIO_BLOCKS = 2  # conformer blocks that encode the speech of the words
 AUDIO_HEADS = 4  # their heads; 8 for 300M
 AUDIO_UNITS = 512  # width of their feed-forward networks; 2048 for 300M

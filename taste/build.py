@@ -1,19 +1,20 @@
 """Puts a variant's parts beside the pretrained language model of a model folder."""
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cosyvoice.utils.model_dir import load_part
+from cosyvoice.utils.model_dir import ModelDir, load_part
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.audio_branch import AudioBranch
 from taste.fusion import build_fusion
 from taste.model import PARTS, VARIANTS, CosyVoiceS3Model
 from taste.quantizer import WordQuantizer
 from taste.settings import Settings
-from taste.taste_aggregator import TasteAggregator
+from taste.taste_aggregator import TasteAggregator, start_from_whisper
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class TasteSizes:
 
     aggregator_layers: int = 2
     aggregator_heads: int = 20
+    aggregator_from_whisper: bool = False  # start from Whisper's own decoder, with its sizes and its text embedding
     audio_blocks: int = 2
     audio_heads: int = 8
     audio_units: int = 2048  # width of the audio branch's feed-forward networks
@@ -67,6 +69,7 @@ def build_model(
     use_speaker: bool,
     lora_rank: int = 0,
     taste_sizes: TasteSizes | None = None,
+    whisper_dir: str | Path | None = None,
 ) -> CosyVoiceS3Model:
     """Load the pretrained language model and put the new parts beside it.
 
@@ -78,9 +81,11 @@ def build_model(
         use_speaker: see `CosyVoiceS3Model`.
         lora_rank: see `CosyVoiceS3Model`.
         taste_sizes: of the parts of `taste_novq` and `taste`; None: the paper's.
+        whisper_dir: Whisper in transformers' format, whose decoder the aggregator may start from; None:
+            `<model_dir>/whisper`.
 
     Returns:
-        the model, its new parts drawn from torch's global random generator.
+        the model, its new parts drawn from torch's global random generator, but for an aggregator from Whisper.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
@@ -97,8 +102,51 @@ def build_model(
         parts = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
     elif PARTS[variant]:
         parts = taste_parts(variant, text_width, speech_width, llm_width, taste_sizes or TasteSizes())
+        if taste_sizes and taste_sizes.aggregator_from_whisper:
+            folder = Path(whisper_dir) if whisper_dir else ModelDir(model_dir).file("whisper")
+            parts["aggregator"] = aggregator_from_whisper(folder, llm.text_embedding, speech_width, taste_sizes)
     options = {"variant": variant, "freeze_llm": freeze_llm, "use_speaker": use_speaker, "lora_rank": lora_rank}
     return CosyVoiceS3Model(llm, **parts, **options)
+
+
+def aggregator_from_whisper(
+    folder: Path, text_embedding: nn.Embedding, speech_width: int, taste_sizes: TasteSizes
+) -> TasteAggregator:
+    """An aggregator with the sizes and the weights of a Whisper's decoder, but for its number of layers.
+
+    Args:
+        folder: Whisper in transformers' format.
+        text_embedding: the language model's; the aggregator has its own, which must know the same tokens.
+        speech_width: channels of the Whisper features.
+        taste_sizes: the number of layers.
+
+    Returns:
+        the aggregator.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: its decoder does not fit, knows fewer tokens, or is not there.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"AGGREGATOR_FROM_WHISPER: there is no {path}; name a Whisper folder with WHISPER_DIR")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config["vocab_size"] < text_embedding.num_embeddings:
+        raise ValueError(
+            f"AGGREGATOR_FROM_WHISPER: the Whisper in {folder} knows {config['vocab_size']} tokens, the text has "
+            f"{text_embedding.num_embeddings}; use the Whisper that shares CosyVoice's tokens (large-v3), or False"
+        )
+    aggregator = TasteAggregator(
+        text_embedding.embedding_dim,
+        speech_width,
+        layers=taste_sizes.aggregator_layers,
+        heads=config["decoder_attention_heads"],
+        feed_forward=config["decoder_ffn_dim"],
+        vocabulary=config["vocab_size"],
+        max_positions=config["max_target_positions"],
+    )
+    start_from_whisper(aggregator, folder)
+    return aggregator
 
 
 def taste_parts(

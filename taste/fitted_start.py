@@ -46,7 +46,7 @@ def fit_new_parts(
 
     Returns:
         what to note about it, as JSON knows values: utterances, attention_on_token (mean share of a token's attention
-        that is where it is spoken), attention_on_token_evenly (the same if it looked at all frames alike); of `simple`
+        that is where it is spoken; not of an aggregator that came from Whisper, which is left as it is), attention_on_token_evenly (the same if it looked at all frames alike); of `simple`
         text_explained (share of the text encoder's variance that the projection gives); of `taste` code_usage (share
         of each codebook that training words use).
     """
@@ -59,7 +59,7 @@ def fit_new_parts(
         attention = _fit_attention(model, examples)
         _fit_values(model, examples)
         return notes | _of_attention(attention)
-    if "aggregator" in wanted:
+    if "aggregator" in wanted and model.aggregator.embed_tokens is None:  # Whisper's own decoder can listen already
         notes |= _of_attention(fit_listening(model, examples))
     if "audio_branch" in wanted:
         quiet_branch(model, examples, SPEECH_GAIN)

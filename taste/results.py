@@ -253,7 +253,7 @@ def describe_fit(fitted: dict[str, Any]) -> str:
         )
     if "code_usage" in fitted:
         parts.append(f"training words use {', '.join(f'{share:.0%}' for share in fitted['code_usage'])} of the codes")
-    return f"new parts fitted to {fitted['utterances']} utterances: {', '.join(parts)}"
+    return f"new parts fitted to {fitted['utterances']} utterances{': ' if parts else ''}{', '.join(parts)}"
 
 
 def epoch_line(entry: dict[str, Any]) -> str:

@@ -91,6 +91,7 @@ class TrainedReader:
             use_speaker=checkpoint.notes["use_speaker"],
             lora_rank=settings["lora_rank"],
             taste_sizes=TasteSizes.from_dict(settings),
+            whisper_dir=whisper_dir,
         )
         model.load_learned_state(checkpoint.weights)
         made_with = checkpoint.notes["features_made_with"]

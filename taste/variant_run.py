@@ -76,6 +76,7 @@ def run_variant(
         use_speaker=use_speaker,
         lora_rank=settings.lora_rank,
         taste_sizes=TasteSizes.of(settings),
+        whisper_dir=settings.whisper_dir,
     )
     say(describe_model(model))
 

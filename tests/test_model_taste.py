@@ -45,6 +45,17 @@ def test_all_tokens_of_a_word_have_its_codes_and_words_differ(model, batch):
     assert len(set(firsts)) > len(firsts) / 2
 
 
+def test_all_tokens_of_a_word_have_the_mean_of_what_is_heard_of_them(batch):
+    model = small_model("taste_novq")
+    heard = model.aggregate(batch)
+    inputs = (batch.text, batch.speech_final, batch.speech_mid, batch.text_lengths, batch.speech_lengths)
+    by_token = model.aggregator(*inputs)
+    for row, example in enumerate(random_examples(LENGTHS)):
+        for start, end in word_spans(example.word_ids):
+            mean = by_token[row, start:end].mean(dim=0).expand(end - start, -1)
+            torch.testing.assert_close(heard[row, start:end], mean)
+
+
 def test_codes_tell_the_language_model_all_that_the_recording_does(model, batch):
     with_codes = dataclasses.replace(batch, codes=model.encode(batch), speech_final=None, speech_mid=None)
     torch.testing.assert_close(model(with_codes).loss_sums, model(batch).loss_sums, rtol=1e-5, atol=1e-5)

@@ -19,8 +19,8 @@ from tests.small_stage3 import TASTE_SIZES, random_examples
 from tests.small_whisper import WIDTH, write_small_whisper
 from tests.sounds import voice_like
 
-TEXT = "Extraordinarily quiet, the river turned."
-WORDS = ["Extraordinarily", "quiet,", "the", "river", "turned."]
+TEXT = "Extraordinarily unquiet, the river ran"
+WORDS = ["Extraordinarily", "unquiet,", "the", "river", "ran"]
 MID_LAYER = 2
 QUICK = Sampling("greedy", most_units_per_token=4)
 
