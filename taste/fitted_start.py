@@ -45,10 +45,11 @@ def fit_new_parts(
         parts: names of those to fit; None: all that the variant has beside the pretrained model.
 
     Returns:
-        what to note about it, as JSON knows values: utterances, attention_on_token (mean share of a token's attention
-        that is where it is spoken; not of an aggregator that came from Whisper, which is left as it is), attention_on_token_evenly (the same if it looked at all frames alike); of `simple`
-        text_explained (share of the text encoder's variance that the projection gives); of `taste` code_usage (share
-        of each codebook that training words use).
+        what to note about it, as JSON knows values: utterances; attention_on_token (mean share of a token's attention
+        that is where it is spoken) and attention_on_token_evenly (the same if it looked at all frames alike), but not
+        of an aggregator that came from Whisper and is left as it is; of `simple` text_explained (share of the text
+        encoder's variance that the projection gives); of `taste` code_usage (share of each codebook that training words
+        use).
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
     assert wanted, "only a model with an aggregator has new parts"

@@ -106,6 +106,9 @@ def test_what_codes_say_is_what_the_recording_says(work, tokenizer, spoken):
     tokens = tokenize(tokenizer._text_tokenizer, TEXT)
     waveform = read_audio(work.wav, 16_000).waveform
     heard = tokenizer._reader.batch(tokens, waveform=waveform, speaker=spoken.speaker)
+    coded = tokenizer._reader.batch(tokens, codes=spoken.codes, speaker=spoken.speaker)
+    assert torch.equal(coded.codes, tokenizer.model.encode(heard))
+    torch.testing.assert_close(tokenizer.model.prefix(coded).vectors, tokenizer.model.prefix(heard).vectors)
     assert generate(tokenizer.model, heard, QUICK).units[0] == tokenizer.units(
         spoken.codes, TEXT, spoken.speaker, QUICK
     )
