@@ -500,7 +500,8 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeyp
     outputs = (
         "corpus/{train,phrases,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,spk2embedding.pt,"
         "utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx speaker_encoder/campplus.onnx "
-        "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{llm,flow,hifigan}/metrics.jsonl whisper/model.safetensors "
+        "exp/{words/words,llm/llm,flow/flow,hifigan/hifigan}.pt exp/{words,llm,flow,hifigan}/metrics.jsonl "
+        "llm_start/llm.pt whisper/model.safetensors "
         "CosyVoice-tiny/{README.md,spk2info.pt,llm.pt,flow.pt,hift.pt} evaluation/{test,real}/report.md"
     )
     (tmp_path / "real.jsonl").touch()
@@ -515,6 +516,8 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeyp
         *["extract_embedding.py"] * 4,
         *["extract_speech_token.py"] * 4,
         *["make_parquet_list.py"] * 4,
+        *["train.py", "average_model.py"],
+        "start_llm.py",
         *["train.py", "average_model.py"] * 3,
         "train_whisper.py",
         "assemble.py",

@@ -41,9 +41,12 @@ TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-}"       # passes over the corpus, S3 toke
 OPEN_EPOCHS="${OPEN_EPOCHS:-}"                 # of them, at the start, without the quantizer
 SPEAKER_EPOCHS="${SPEAKER_EPOCHS:-}"           # the same, speaker encoder
 WHISPER_EPOCHS="${WHISPER_EPOCHS:-}"           # the same, Whisper encoder
-MINUTES_LLM="${MINUTES_LLM:-45}"               # of training the language model, all runs together
+MINUTES_WORDS="${MINUTES_WORDS:-12}"           # of training the language model on single words and short phrases
+MINUTES_LLM="${MINUTES_LLM:-40}"               # of training it on them and on sentences, all runs together
 MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
 MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
+BATCH_FACTOR="${BATCH_FACTOR:-1}"              # times the configuration's batches in stage 6; 4 on a GPU
+CHECK_EVERY="${CHECK_EVERY:-1}"                # epochs between two cross-validations in stage 6; 8 on a GPU
 MAX_EPOCH="${MAX_EPOCH:-}"                     # passes over the corpus in stage 6; empty takes the configuration's
 MAX_STEPS="${MAX_STEPS:-}"                     # at most so many steps in stage 6; empty sets no limit
 EVALUATED="${EVALUATED:-}"                     # test utterances measured in stage 9; empty takes all
@@ -121,7 +124,49 @@ pack_split() {
     clears "$CORPUS/$1/parquet"
     how --num_processes "$NUM_THREADS"
     step "stage5-$1" "$PYTHON" "$COSYVOICE/tools/make_parquet_list.py" \
-        --src_dir "$CORPUS/$1" --des_dir "$CORPUS/$1/parquet"
+        --src_dir "$CORPUS/$1" --des_dir "$CORPUS/$1/parquet" --num_utts_per_parquet 100
+}
+
+# configure NAME FRAMES [SED WORD...]: write <work-dir>/NAME.yaml, the configuration with batches of so many frames times
+# BATCH_FACTOR. What is the same already is left alone: a mark knows it by its time.
+# shellcheck disable=SC2317
+configure() {
+    local file="$WORK_DIR/$1.yaml"
+    sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $(($2 * BATCH_FACTOR))/" \
+        -e "s/^    batch_size: 8$/    batch_size: $((8 * BATCH_FACTOR))/" "${@:3}" "$CONFIG" >"$file.new"
+    cmp -s "$file.new" "$file" || cp "$file.new" "$file"
+    rm "$file.new"
+}
+
+# The language model begins with the sounds of its tokens and units, and with single words and short phrases, without
+# dropout and with few in a batch: so it learns to read. On whole sentences alone it learns to babble, and then never
+# looks at its text.
+# shellcheck disable=SC2317 # `together` runs it
+train_words() {
+    local start="$WORK_DIR/llm_start/llm.pt"
+    needs 0 "$CORPUS"/{train,phrases,dev}/{text,phones}
+    needs 1 "$S3_TOKENIZER"
+    gives "$start"
+    how --threads "$THREADS_A_JOB" --device "$DEVICE"
+    step stage6-start "$PYTHON" "$HERE/start_llm.py" --work-dir "$WORK_DIR" --config "$CONFIG"
+    needs 5 "$CORPUS"/{phrases,dev}/parquet/data.list
+    needs 6 "$start"
+    gives "$EXP/words/metrics.jsonl"
+    clears "$EXP/words" "$WORK_DIR/tensorboard/words"
+    configure words 1500 -e 's/dropout_rate: 0\..*/dropout_rate: 0.0/' -e 's/lr: 0.0015/lr: 0.001/'
+    FLAGS=()
+    flag --max_epoch "$MAX_EPOCH"
+    flag --max_steps "$MAX_STEPS"
+    flag --total_minutes "$MINUTES_WORDS"
+    how --num_threads "$THREADS_A_JOB" --device "$DEVICE" --check_every "$CHECK_EVERY"
+    step stage6-words "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model llm --config "$WORK_DIR/words.yaml" \
+        --train_data "$CORPUS/phrases/parquet/data.list" --cv_data "$CORPUS/dev/parquet/data.list" \
+        --checkpoint "$start" --model_dir "$EXP/words" --tensorboard_dir "$WORK_DIR/tensorboard/words" \
+        --dtype "${DTYPE_LLM:-$DTYPE}" "${FLAGS[@]}"
+    needs 6 "$EXP/words/metrics.jsonl"
+    gives "$EXP/words/words.pt"
+    step stage6-words-average "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/words/words.pt" \
+        --src_path "$EXP/words" --num 1
 }
 
 # shellcheck disable=SC2317 # `together` runs it
@@ -129,20 +174,23 @@ train_model() {
     local minutes="MINUTES_${1^^}"
     local data="$CORPUS/train/parquet/data.list" dtype="$DTYPE"
     needs 5 "$CORPUS"/{train,phrases,dev}/parquet/data.list
+    FLAGS=()
     if [[ "$1" == llm ]]; then # words and short phrases as well; 16 bits make its products faster
+        train_words
+        FLAGS=(--checkpoint "$EXP/words/words.pt")
         data="$WORK_DIR/llm_data.list" dtype="${DTYPE_LLM:-$DTYPE}"
         cat "$CORPUS"/{phrases,train}/parquet/data.list >"$data.new"
         cmp -s "$data.new" "$data" || cp "$data.new" "$data" # a mark knows it by its time
         rm "$data.new"
     fi
+    configure "$1" 4000
     gives "$EXP/$1/metrics.jsonl"
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
-    FLAGS=()
     flag --max_epoch "$MAX_EPOCH"
     flag --max_steps "$MAX_STEPS"
     flag --total_minutes "${!minutes}"
-    how --num_threads "$THREADS_A_JOB" --device "$DEVICE"
-    step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$CONFIG" \
+    how --num_threads "$THREADS_A_JOB" --device "$DEVICE" --check_every "$CHECK_EVERY"
+    step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$WORK_DIR/$1.yaml" \
         --train_data "$data" --cv_data "$CORPUS/dev/parquet/data.list" \
         --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$dtype" "${FLAGS[@]}"
     needs 6 "$EXP/$1/metrics.jsonl"
@@ -201,7 +249,7 @@ main() {
     local split
     begin_recipe "$@"
     NUM_THREADS="${NUM_THREADS:-$(nproc)}"
-    expect_number NUM_THREADS JOBS AVERAGE_NUM
+    expect_number NUM_THREADS JOBS AVERAGE_NUM BATCH_FACTOR CHECK_EVERY
     find_python "$REPOSITORY"
     OUTPUT="${OUTPUT:-$WORK_DIR/CosyVoice-tiny}"
     CORPUS="$WORK_DIR/corpus" EXP="$WORK_DIR/exp"

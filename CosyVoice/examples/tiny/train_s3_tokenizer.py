@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
-from taste.s3_units import HEAD_WIDTH, count_units, open_extractor  # noqa: E402
+from taste.s3_units import HEAD_WIDTH, count_units, load_s3_tokenizer, open_extractor  # noqa: E402
 
 SAMPLE_RATE_HZ = 16_000
 MEL_BINS = 128
@@ -73,20 +75,21 @@ class Example(NamedTuple):
 
 def load_examples(utterances: list[Spoken], description: str) -> list[Example]:
     """Compute every log-mel once and keep it in memory."""
-    examples = []
-    for spoken in tqdm(utterances, desc=description, unit="utt", mininterval=2):
+
+    def load(spoken: Spoken) -> Example:
         waveform = read_audio(spoken.audio_path, SAMPLE_RATE_HZ).waveform
         units = count_units(len(waveform))
-        examples.append(
-            Example(
-                spoken.utt_id,
-                whisper_log_mel(waveform, MEL_BINS).half(),
-                torch.from_numpy(character_classes(spoken.text)),
-                torch.from_numpy(phone_classes(spoken.phones, units)),
-                spell(spoken.text),
-            )
+        return Example(
+            spoken.utt_id,
+            whisper_log_mel(waveform, MEL_BINS).half(),
+            torch.from_numpy(character_classes(spoken.text)),
+            torch.from_numpy(phone_classes(spoken.phones, units)),
+            spell(spoken.text),
         )
-    return examples
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loaded = pool.map(load, utterances)
+        return list(tqdm(loaded, total=len(utterances), desc=description, unit="utt", mininterval=2))
 
 
 def plan_batches(examples: list[Example], frames_per_batch: int, seed: int, epoch: int) -> list[list[Example]]:
@@ -204,6 +207,26 @@ class Run:
         self.history, self.seconds = state["history"], state["seconds"]
         print(f"going on after epoch {self.epoch} of {self.args.epochs}")
 
+    def take_finished(self, path: Path) -> None:
+        """Take encoder and codebook from a finished tokenizer, so that only the recogniser is left to learn.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no S3 tokenizer v1, or one of another size.
+        """
+        finished = load_s3_tokenizer(path).state_dict()
+        encoder = {name.removeprefix("encoder."): value for name, value in finished.items() if name.startswith("enc")}
+        codes = finished["quantizer._codebook.embed"][: self.args.codes]
+        try:
+            self.model.encoder.load_state_dict(encoder)
+            self.model.place_codes(codes.to(self.args.device))
+        except RuntimeError as error:
+            raise ValueError(
+                f"--finished {path} has another size ({error}); give its --width, --layers, --codes"
+            ) from error
+        self.epoch = self.args.epochs
+        print(f"encoder and codes are those of {path}")
+
     def set_learning_rate(self, total_steps: int) -> None:
         """Linear warm-up, then half a cosine down to 2 % of the peak."""
         warm_up = min(1.0, (self.step + 1) / self.args.warm_up_steps)
@@ -300,7 +323,7 @@ class Run:
         optimizer = torch.optim.AdamW(parameters, lr=READER_LR, betas=(0.9, 0.98), weight_decay=0.01)
         total = args.reader_epochs * len(plan_batches(examples, args.reader_frames_per_batch, args.seed, 0))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, max(2, round(1.05 * total)), pct_start=0.1)
-        codebook = self.model.codebook.detach()
+        codebook = self.model.codebook.detach().cpu()
         self.model.train()
         for epoch in range(args.reader_epochs):
             batches = plan_batches(examples, args.reader_frames_per_batch, args.seed, args.epochs + epoch)
@@ -308,13 +331,15 @@ class Run:
             draw = random.Random(f"hide/{args.seed}/{epoch}")
             for batch in bar:
                 rows = torch.cat([hide_units(codebook[codes[example.utt_id]], draw) for example in batch])
+                rows = rows.to(args.device)
                 lengths = torch.tensor([len(codes[example.utt_id]) for example in batch])
                 valid = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-                characters = torch.cat([example.characters for example in batch])
-                character_lengths = torch.tensor([len(example.characters) for example in batch])
-                phones = torch.cat([example.phones for example in batch])
+                characters = torch.cat([example.characters for example in batch]).to(args.device)
+                character_lengths = torch.tensor([len(example.characters) for example in batch]).to(args.device)
+                phones = torch.cat([example.phones for example in batch]).to(args.device)
+                lengths, valid = lengths.to(args.device), valid.to(args.device)
                 with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                    character_logits, phone_logits = self.model.read(rows, valid.to(args.device))
+                    character_logits, phone_logits = self.model.read(rows, valid)
                 out = Recognised(character_logits, phone_logits, lengths, rows.new_zeros(()), None)
                 loss, parts = recogniser_loss(out, characters, character_lengths, phones, 0.0)
                 optimizer.zero_grad(set_to_none=True)
@@ -335,7 +360,7 @@ class Run:
             mels, lengths, *_ = collate(batch)
             directions, unit_lengths = self.model.directions(mels.to(self.args.device), lengths.to(self.args.device))
             for example, row, length in zip(batch, directions, unit_lengths.tolist(), strict=True):
-                codes[example.utt_id] = torch.cdist(row[:length], self.model.codebook).argmin(dim=1)
+                codes[example.utt_id] = torch.cdist(row[:length], self.model.codebook).argmin(dim=1).cpu()
         return codes
 
     def export(self) -> Path:
@@ -384,7 +409,10 @@ def train(args: argparse.Namespace) -> int:
     corpus = args.work_dir / "corpus"
     splits = {split: read_split(corpus, split) for split in ("train", "dev", "test")}
     run = Run(args)
-    run.resume()
+    if args.finished:
+        run.take_finished(args.finished)
+    else:
+        run.resume()
     if not (run.folder / "metrics.json").is_file():
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
@@ -439,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recogniser-layers", type=int, default=2, help="transformer blocks after it, not exported")
     parser.add_argument("--codes", type=int, default=1024, help="codes that are learned, of the 4096 in the file")
     parser.add_argument("--codebook-decay", type=float, default=0.99, help="of the codebook's moving averages")
+    parser.add_argument("--finished", type=Path, help="speech_tokenizer_v1.onnx; only the recogniser learns, from it")
     parser.add_argument("--epochs", type=int, default=16, help="passes over the training set")
     parser.add_argument("--open-epochs", type=int, default=7, help="of them, at the start, without the quantizer")
     parser.add_argument("--reader-epochs", type=int, default=16, help="passes of the recogniser alone, from the codes")
