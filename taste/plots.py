@@ -1,6 +1,8 @@
 """The pictures of a run."""
 
+import functools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ TRAIN_COLOUR, TEST_COLOUR, QUIET_COLOUR = "tab:blue", "tab:orange", "0.55"
 DOTS_PER_INCH = 130
 TITLE_COLUMNS, TITLE_LINES = 110, 3  # characters
 INCHES_PER_TOKEN = 0.16
+CHINESE_FONTS = re.compile(r"CJK|WenQuanYi|SimHei|PingFang|Microsoft YaHei|Droid Sans Fallback")
 
 
 def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: int, title: str) -> None:
@@ -192,10 +195,20 @@ def _new_figure(
     height_ratios: Sequence[float] | None = None,
 ) -> tuple["Figure", Any]:
     """A figure and its axes, made without pyplot: no window, and nothing kept alive after saving."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["font.family"] = _fonts()
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, sharex=sharex, height_ratios=height_ratios)
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """matplotlib's own font, and behind it one with Chinese characters, where the machine has one."""
+    from matplotlib.font_manager import get_font_names
+
+    return ["DejaVu Sans", *sorted(name for name in get_font_names() if CHINESE_FONTS.search(name))[:1]]
 
 
 def _line(
