@@ -205,7 +205,7 @@ def _new_figure(
 
 @functools.cache
 def _fonts() -> list[str]:
-    """matplotlib's own font, and behind it one with Chinese characters, where the machine has one."""
+    """Matplotlib's own font, and behind it one with Chinese characters, where the machine has one."""
     from matplotlib.font_manager import get_font_names
 
     return ["DejaVu Sans", *sorted(name for name in get_font_names() if CHINESE_FONTS.search(name))[:1]]
