@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.onnx_session import OnnxSession
 from taste.audio import read_audio
+from taste.interrupt import StopRequest
 from taste.speaker import SpeakerEncoder
 from taste.whisper_encoder import WhisperEncoder
 
@@ -145,7 +146,7 @@ def test_stopped_speaker_training_goes_on_to_the_same_weights(
     run = train_speaker_encoder.run
     asked = iter([False, False, False, True])  # in the middle of the second epoch
     monkeypatch.setattr(train_speaker_encoder, "run", lambda settings, stop: run(settings, lambda: next(asked)))
-    monkeypatch.setattr(train_speaker_encoder.StopRequest, "exit_code", 130)
+    monkeypatch.setattr(StopRequest, "exit_code", 130)
     assert train_speaker_encoder.main([*arguments, str(stopped)]) == 130
     assert not (stopped / "speaker_encoder" / ".done").exists()
     monkeypatch.undo()
@@ -302,7 +303,7 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
     asked = iter([False, False, False, True])  # in the middle of the second epoch
     with monkeypatch.context() as patch:
         patch.setattr(train_whisper, "run", lambda settings, stop: run(settings, lambda: next(asked)))
-        patch.setattr(train_whisper.StopRequest, "exit_code", 130)
+        patch.setattr(StopRequest, "exit_code", 130)
         assert train_whisper.main([*arguments, str(stopped)]) == 130
     assert not (stopped / "whisper" / ".done").exists()
     assert train_whisper.main([*arguments, str(stopped)]) == 0

@@ -18,9 +18,12 @@ def describe_results(work_dir: Path) -> dict[str, str]:
         work_dir: the recipe's folder; what is not there yet is said to be not measured.
 
     Returns:
-        {name in the template: text}: corpus, encoders, trainings, evaluation.
+        {name in the template: text}: corpus, encoders, trainings, evaluation, and provenance: what was done otherwise
+        than run.sh does it, which a person writes into `<work-dir>/provenance.md`.
     """
+    provenance = work_dir / "provenance.md"
     return {
+        "provenance": provenance.read_text(encoding="utf-8").strip() if provenance.is_file() else "",
         "corpus": _corpus(_read(work_dir / "corpus" / "corpus.json")),
         "encoders": _encoders(work_dir),
         "trainings": "\n".join(_training(work_dir / "exp" / name, name) for name in LOSS_NAMES),

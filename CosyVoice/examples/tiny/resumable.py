@@ -1,17 +1,40 @@
-"""What the training scripts of this folder share: a learning rate's course, and a checkpoint to go on from."""
+"""What the training scripts of this folder share: how they end, a learning rate, and a checkpoint to go on from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from taste.atomic import atomic_path
+from taste.interrupt import StopRequest
+from taste.settings import Settings
 
 WARMUP_SHARE = 0.1  # of all steps
+
+
+def run_to_the_end(run: Callable[[Settings, Callable[[], bool]], bool], settings: Settings) -> int:
+    """Run a script, with its errors as one line each and a way to stop it.
+
+    Args:
+        run: the script; it is given its settings and asks whether to stop, and gives False where it did.
+        settings: with `threads`, of the CPU.
+
+    Returns:
+        the exit code.
+    """
+    torch.set_num_threads(settings.threads)
+    with StopRequest() as stop:
+        try:
+            finished = run(settings, lambda: stop.requested)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0 if finished else stop.exit_code
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -31,7 +31,7 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 
 from corpus_reader import PAUSE, PHONES, Spoken, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
-from resumable import learning_rate  # noqa: E402
+from resumable import learning_rate, run_to_the_end  # noqa: E402
 from word_times import Span, bare, pronounce, token_spans  # noqa: E402
 
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
@@ -39,7 +39,6 @@ from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
 from taste.s3_units import load_s3_tokenizer  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 from taste.text import tokenize  # noqa: E402
@@ -72,14 +71,7 @@ class Pronounced(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
     settings = parse_settings(__file__, globals(), argv)
-    torch.set_num_threads(settings.threads)
-    with StopRequest() as stop:
-        try:
-            finished = run(settings, lambda: stop.requested)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0 if finished else stop.exit_code
+    return run_to_the_end(run, settings)
 
 
 def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:

@@ -30,7 +30,7 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from corpus_reader import read_split  # noqa: E402
-from resumable import learning_rate, resume, save_checkpoint  # noqa: E402
+from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
 
@@ -38,7 +38,6 @@ from cosyvoice.utils.audio import speaker_fbank  # noqa: E402
 from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
 from taste.manifest import read_manifest  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 
@@ -76,14 +75,7 @@ class Recording(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
     settings = parse_settings(__file__, globals(), argv)
-    torch.set_num_threads(settings.threads)
-    with StopRequest() as stop:
-        try:
-            finished = run(settings, lambda: stop.requested)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0 if finished else stop.exit_code
+    return run_to_the_end(run, settings)
 
 
 def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:

@@ -34,7 +34,7 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 
 from corpus_reader import PHONES, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
-from resumable import learning_rate, resume, save_checkpoint  # noqa: E402
+from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
 from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode  # noqa: E402
 from word_times import Span, bare, pronounce, token_spans  # noqa: E402
@@ -43,7 +43,6 @@ from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
 from taste.provenance import digest, file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 from taste.text import tokenize  # noqa: E402
@@ -105,14 +104,7 @@ class Corpus(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
     settings = parse_settings(__file__, globals(), argv)
-    torch.set_num_threads(settings.threads)
-    with StopRequest() as stop:
-        try:
-            finished = run(settings, lambda: stop.requested)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0 if finished else stop.exit_code
+    return run_to_the_end(run, settings)
 
 
 def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:

@@ -1,0 +1,75 @@
+"""The start of the tiny recipe's language model: what its text side and its unit embeddings know before training."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
+sys.path.insert(0, str(TINY))
+
+import start_llm  # noqa: E402
+from word_times import Span  # noqa: E402
+
+from cosyvoice.utils.train_utils import load_model  # noqa: E402
+from taste.settings import parse_settings  # noqa: E402
+from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
+
+WORDS = 12  # tokens that the made-up texts use
+
+
+@pytest.fixture
+def model(tmp_path: Path):
+    torch.manual_seed(0)
+    return load_model(write_config(tmp_path / "small.yaml"), "llm")
+
+
+def made_up_texts(count: int) -> list[start_llm.Pronounced]:
+    """Texts in which each token has phones of its own."""
+    generator = torch.Generator().manual_seed(1)
+    sounds = torch.randint(1, len(start_llm.PHONES), (TEXT_TOKENS, start_llm._MOST_PHONES), generator=generator)
+    tokens = [torch.randint(0, WORDS, (5,), generator=generator) for _ in range(count)]
+    return [start_llm.Pronounced(row, sounds[row]) for row in tokens]
+
+
+def test_phones_of_a_token_are_those_whose_middle_it_covers() -> None:
+    phones = [("pau", 0.1), ("dh", 0.2), ("ax", 0.3), ("pau", 0.4), ("k", 0.5)]
+    assert start_llm.phones_within(phones, Span(0.1, 0.3)) == ["dh", "ax"]
+    assert start_llm.phones_within(phones, Span(0.16, 0.5)) == ["ax", "k"]
+    assert start_llm.phones_within([("ax", 0.1 * n) for n in range(1, 20)], Span(0.0, 9.0)) == ["ax"] * 8
+
+
+def test_units_that_sound_alike_begin_alike(model) -> None:
+    codes = torch.randn(CODES, 7, generator=torch.Generator().manual_seed(2))
+    codes[1] = codes[0] + 0.01
+    drawn = model.llm_decoder.weight.std().item()
+    start_llm.place_codes(model, codes)
+    for weight in (model.speech_embedding.weight, model.llm_decoder.weight):
+        alike = torch.cosine_similarity(weight[0], weight[1], dim=0)
+        assert alike > 0.99 > torch.cosine_similarity(weight[0], weight[2:CODES], dim=1).max()
+    assert model.llm_decoder.weight.std().item() == pytest.approx(drawn, rel=0.1)
+
+
+def test_the_text_side_learns_how_tokens_sound_and_nothing_else_changes(model) -> None:
+    settings = parse_settings(start_llm.__file__, vars(start_llm), ["--steps", "150", "--batch-size", "16"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reader = torch.nn.Linear(model.llm_input_size, start_llm._MOST_PHONES * len(start_llm.PHONES))
+    unseen = made_up_texts(20)
+    untaught = start_llm.measure(model, reader, unseen)["dev_phone_accuracy"]
+    assert start_llm.teach(settings, model, reader, made_up_texts(60), lambda: False)
+    assert start_llm.measure(model, reader, unseen)["dev_phone_accuracy"] > max(0.6, 4 * untaught)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(start_llm._TEXT_SIDE) for name in changed)
+
+
+def test_a_wish_to_stop_ends_it(model) -> None:
+    settings = parse_settings(start_llm.__file__, vars(start_llm), ["--steps", "5"])
+    reader = torch.nn.Linear(model.llm_input_size, start_llm._MOST_PHONES * len(start_llm.PHONES))
+    assert not start_llm.teach(settings, model, reader, made_up_texts(4), lambda: True)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runpy.run_path(str(TINY / "start_llm.py"))["main"](["--work-dir", str(tmp_path)]) == 1
+    assert "speech_tokenizer_v1.onnx: there is no such file" in capsys.readouterr().err
