@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -180,46 +179,6 @@ def padding(
             padded[name] = torch.stack([s[name] for s in ordered])
         padded["embedding"] = padded["spk_embedding" if use_spk_embedding else "utt_embedding"]
         yield padded
-
-
-def hide_units(
-    data: Iterable[dict[str, Any]], most: float = 0.5, stretch: int = 8, mode: str = "train", seed: str = ""
-) -> Iterator[dict[str, Any]]:
-    """Let the language model read wrong S3 tokens in places, so that it has to look at its text.
-
-    From the tokens before it a small model guesses the next one well enough to never learn to read: its text is worth
-    little while these are known. Each row of a batch gets a share of its own, between 0 and `most`, of stretches whose
-    tokens are exchanged for ones from anywhere in the batch. What is to be predicted stays.
-
-    Args:
-        data: batches of `padding`.
-        most: largest share of a row; 0 hides nothing.
-        stretch: tokens that are hidden together, 20 ms each.
-        mode: "train" hides; with any other the batches pass as they are.
-        seed: of the places.
-
-    Yields:
-        batches, in training with `speech_input` [B, S] int64.
-
-    Raises:
-        ValueError: the share or the stretch is out of range.
-
-    Source: word dropout against decoders that ignore their condition, Bowman et al. 2016, arXiv 1511.06349.
-    """
-    if not 0 <= most <= 1 or stretch < 1:
-        raise ValueError(f"hide_units has most {most} and stretch {stretch}; expected 0..1, and 1 or more")
-    for number, padded in enumerate(data):
-        if mode != "train" or most == 0:
-            yield padded
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/hide/{number}".encode()))
-        tokens = padded["speech_token"]
-        shares = most * torch.rand(tokens.size(0), 1, generator=generator)
-        stretches = torch.rand(tokens.size(0), -(-tokens.size(1) // stretch), generator=generator) < shares
-        hidden = stretches.repeat_interleave(stretch, dim=1)[:, : tokens.size(1)]
-        spoken = torch.cat([row[:length] for row, length in zip(tokens, padded["speech_token_len"], strict=True)])
-        others = spoken[torch.randint(len(spoken), tokens.shape, generator=generator)]
-        yield {**padded, "speech_input": torch.where(hidden, others, tokens)}
 
 
 def _frames(sample: Sample) -> int:

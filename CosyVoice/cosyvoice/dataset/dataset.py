@@ -33,7 +33,6 @@ STEPS_OF_EACH_EPOCH = (
     processor.sort,
     processor.batch,
     processor.padding,
-    processor.hide_units,
 )
 
 Step = Callable[..., Iterator[Any]]

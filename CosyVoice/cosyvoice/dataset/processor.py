@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
-from cosyvoice.dataset.batching import batch, hide_units, padding, shuffle, sort, truncate
+from cosyvoice.dataset.batching import batch, padding, shuffle, sort, truncate
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.dataset.sample import (
     REMAKE_EMBEDDINGS,
@@ -42,7 +42,6 @@ __all__ = [
     "compute_f0",
     "compute_fbank",
     "filter",
-    "hide_units",
     "padding",
     "parquet_opener",
     "parse_embedding",

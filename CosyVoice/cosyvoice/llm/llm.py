@@ -89,8 +89,7 @@ class TransformerLM(nn.Module):
 
         Args:
             batch: `text_token` [B, T] and `speech_token` [B, S], int64, right-padded with any valid id;
-                `text_token_len` and `speech_token_len` [B], integer; `embedding` [B, spk_embed_dim], float. Where
-                there is a `speech_input` [B, S], it is read in place of the S3 tokens, which are predicted still.
+                `text_token_len` and `speech_token_len` [B], integer; `embedding` [B, spk_embed_dim], float.
             device: where to compute.
 
         Returns:
@@ -101,7 +100,7 @@ class TransformerLM(nn.Module):
         )
         speaker = self._embed_speaker(batch["embedding"].to(device))
         tokens, token_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
-        speech = self.speech_embedding(batch.get("speech_input", batch["speech_token"]).to(device))
+        speech = self.speech_embedding(tokens)
         sequence, target, lengths = self._join(speaker, text, text_lengths, speech, tokens, token_lengths)
         hidden, _ = self.llm(sequence, lengths)
         logits = self.llm_decoder(hidden).float()  # autocast on the CPU would leave the loss in 16 bits

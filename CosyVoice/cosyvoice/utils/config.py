@@ -70,7 +70,6 @@ FUNCTIONS = {
         "sort",
         "batch",
         "padding",
-        "hide_units",
     )
 }
 BUILDABLE = {"!new:": CLASSES, "!name:": FUNCTIONS}
