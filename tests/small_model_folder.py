@@ -1,5 +1,6 @@
 """Makes a folder in the released layout out of the reference weights, with ONNX models of two operators each."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,13 @@ def write_small_model_folder(folder: Path, golden_dir: Path) -> Path:
     write_speaker_model(folder / "campplus.onnx")
     write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx")
     return folder
+
+
+def deflate(source: Path, target: Path) -> None:
+    """Write a file of torch.save again with every record compressed."""
+    with zipfile.ZipFile(source) as stored, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for record in stored.infolist():
+            deflated.writestr(record.filename, stored.read(record))
 
 
 def write_speaker_model(path: Path) -> None:

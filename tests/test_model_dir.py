@@ -5,11 +5,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from small_model_folder import SPEECH_CODES, TEXT_TOKENS, TEXT_WIDTH, write_small_model_folder
+from small_model_folder import SPEECH_CODES, TEXT_TOKENS, TEXT_WIDTH, deflate, write_small_model_folder
 
 from cosyvoice.utils.config import ConfigError
 from cosyvoice.utils.model_dir import (
@@ -87,6 +88,38 @@ def test_files_from_before_zip_archives_load(folder):
     weights = torch.load(folder / "hift.pt", weights_only=True)
     torch.save(weights, folder / "hift.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(load_part(folder, "hift").conv_pre.bias, weights["conv_pre.bias"])
+
+
+@pytest.mark.parametrize("part", ["llm", "flow", "hift"])
+def test_a_compressed_file_gives_the_same_weights(whole_folder, folder, part):
+    deflate(whole_folder / f"{part}.pt", folder / f"{part}.pt")
+    module = load_part(folder, part).state_dict()
+    assert all(torch.equal(tensor, module[name]) for name, tensor in load_part(whole_folder, part).state_dict().items())
+
+
+def test_one_compressed_record_is_enough_for_a_file_not_to_be_mapped(whole_folder, folder):
+    """Adding to a zip archive is what tools do that store a note beside the weights."""
+    with zipfile.ZipFile(folder / "llm.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        (prefix,) = {name.partition("/")[0] for name in archive.namelist()}
+        archive.writestr(f"{prefix}/note", "a" * 1000)
+    assert torch.equal(text_embedding_table(folder), text_embedding_table(whole_folder))
+
+
+def test_a_compressed_file_is_held_against_the_configuration_and_its_halves_are_refused(folder, tmp_path):
+    weights = torch.load(folder / "llm.pt", weights_only=True)
+    bias = weights.pop("llm_decoder.bias")
+    torch.save(weights | {"extra": bias, "text_embedding.weight": torch.zeros(7, 3)}, tmp_path / "other.pt")
+    deflate(tmp_path / "other.pt", folder / "llm.pt")
+    with pytest.raises(ValueError, match=r"missing: llm_decoder\.bias.*unexpected: extra.*\[7, 3\] \(configuration"):
+        load_part(folder, "llm")
+    with pytest.raises(ValueError, match=r"got \[7, 3\]"):
+        text_embedding_table(folder)
+
+    content = (folder / "llm.pt").read_bytes()
+    for kept in (len(content) // 2, len(content) - 1, 4):
+        (folder / "llm.pt").write_bytes(content[:kept])
+        with pytest.raises(ValueError, match="truncated, damaged"):
+            load_part(folder, "llm")
 
 
 def test_sizes_come_from_the_configuration(whole_folder):

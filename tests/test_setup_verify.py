@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from published_model import published
+from small_model_folder import deflate
 
+from cosyvoice.utils.model_dir import read_weights
 from taste.verify import (
     Check,
     ExpectedFile,
@@ -75,6 +77,18 @@ def test_the_embedded_model_s_files_have_no_problem_and_their_halves_have(tmp_pa
 
     assert format_problem(path) is None
     assert format_problem(half) is not None
+
+
+def test_a_compressed_file_of_weights_has_no_problem_loads_and_its_half_has_one(tmp_path):
+    """The embedded language model may be stored so."""
+    whole, part = tmp_path / "llm.pt", REPOSITORY / "CosyVoice-tiny" / "llm.pt"
+    deflate(part, whole)
+    weights = read_weights(whole)
+
+    assert format_problem(whole) is None
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in torch.load(part, weights_only=True).items())
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert format_problem(whole) is not None
 
 
 def test_hashes_are_those_of_sha256sum_and_git(tmp_path):

@@ -225,7 +225,7 @@ def load_state(module: nn.Module, weights: dict[str, Tensor], source: str | Path
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Open a state dict, mapped from its file where the format allows: a tensor is read when it is used.
+    """Open a state dict, mapped from its file where the format allows: then a tensor is read when it is used.
 
     Args:
         path: a .pt file.
@@ -261,12 +261,13 @@ def read_torch_file(path: str | Path) -> Any:
     remedy = f"Fetch it again with: python setup_cosyvoice.py --model-dir {path.parent}"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}. {remedy}")
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip and _is_torchscript(path):
+    records = _zip_records(path)
+    if any(os.path.basename(record.filename) == "constants.pkl" for record in records):
         raise ValueError(f"{path} is a TorchScript archive, which only load_jit=True takes; wanted tensors. {remedy}")
+    # No zip archive is what PyTorch before 1.6 wrote. It cannot be mapped, and neither can a compressed record.
+    can_be_mapped = bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
     try:
-        # Files from before PyTorch 1.6 are no zip archives, and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         cause = str(error).partition("\n")[0]
         raise ValueError(
@@ -378,6 +379,10 @@ def _some(kind: str, names: Sequence[str]) -> str:
     return f"{len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}{rest}"
 
 
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(os.path.basename(name) == "constants.pkl" for name in archive.namelist())
+def _zip_records(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip archive holds; nothing where the file is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except zipfile.BadZipFile:
+        return []
