@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.common import IGNORE_ID
@@ -52,10 +51,10 @@ class Scores(NamedTuple):
     word_counts: Tensor  # [B] int64, words that it is summed over
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """What a batch is read as, before its units."""
 
-    rows: list[Tensor]  # B tensors [P_b, D]
+    prefix: Prefix
     commitment_sums: Tensor  # as in `Scores`
     word_counts: Tensor
 
@@ -154,8 +153,8 @@ class CosyVoiceS3Model(nn.Module):
         Returns:
             sums and counts of each row.
         """
-        reading = self._read(batch)
-        logits = self._predict(reading.rows, batch)
+        reading = self.read(batch)
+        logits = self.predict_after(reading.prefix, batch.units, batch.unit_lengths)
         targets = self.targets(batch)
         losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE_ID, reduction="none")
         found = logits.topk(TOP, dim=-1).indices == targets[:, :, None]  # [B, S+1, TOP]; no class is IGNORE_ID
@@ -178,20 +177,38 @@ class CosyVoiceS3Model(nn.Module):
             logits [B, S+1, V+1]: place k predicts unit k from the units before k, place n of a row of n units predicts
             EOS; places behind that mean nothing.
         """
-        return self._predict(self._read(batch).rows, batch)
+        return self.predict_after(self.read(batch).prefix, batch.units, batch.unit_lengths)
 
-    def _predict(self, prefix_rows: list[Tensor], batch: Batch) -> Tensor:
-        """Logits [B, S+1, V+1] behind what the rows begin with."""
-        rows = [
-            torch.cat([before, self.llm.speech_embedding(units[:length])])
-            for before, units, length in zip(prefix_rows, batch.units, batch.unit_lengths.tolist(), strict=True)
-        ]
-        prefix_lengths = _lengths_of(prefix_rows)
-        hidden, _ = self.llm.llm(pad_sequence(rows, batch_first=True), prefix_lengths + batch.unit_lengths)
-        places = torch.arange(batch.units.shape[1] + 1, device=hidden.device)
-        positions = (prefix_lengths[:, None] - 1 + places).clamp(max=hidden.shape[1] - 1)  # [B, S+1]; [task] is first
-        at_targets = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return self.llm.llm_decoder(at_targets)
+    def predict_after(
+        self, prefix: Prefix, units: Tensor, unit_lengths: Tensor, hidden_units: Tensor | None = None
+    ) -> Tensor:
+        """The scores of every code at every target, behind what `read` gave.
+
+        Rows are joined without a gap by one gather: row by row takes longer than the language model itself, and every
+        look at a length would let a GPU wait.
+
+        Args:
+            prefix: what stands before the units.
+            units: [B, S], int64; anything behind a row's end.
+            unit_lengths: [B], int64.
+            hidden_units: [B, S], bool, True where the language model reads zeros in a unit's place; None: nowhere.
+
+        Returns:
+            logits [B, S+1, V+1], as `predict` gives them.
+        """
+        (width, dim), before = prefix.vectors.shape[1:], prefix.lengths[:, None]
+        spoken = self.llm.speech_embedding(units.clamp(min=0))
+        if hidden_units is not None:
+            spoken = spoken.masked_fill(hidden_units[:, :, None], 0.0)
+        parts = torch.cat([prefix.vectors, spoken.to(prefix.vectors.dtype)], dim=1)
+        place = torch.arange(parts.shape[1], device=parts.device)[None]
+        source = torch.where(place < before, place, place - before + width).clamp(max=parts.shape[1] - 1)
+        joined = parts.gather(1, source[:, :, None].expand(-1, -1, dim))
+        lengths = prefix.lengths + unit_lengths
+        hidden, _ = self.llm.llm(joined.masked_fill((place >= lengths[:, None])[:, :, None], 0.0), lengths)
+        targets = torch.arange(units.shape[1] + 1, device=hidden.device)
+        positions = (before - 1 + targets).clamp(max=hidden.shape[1] - 1)  # [B, S+1]; [task] is first
+        return self.llm.llm_decoder(hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1])))
 
     def targets(self, batch: Batch) -> Tensor:
         """What `predict` should have said.
@@ -206,6 +223,25 @@ class CosyVoiceS3Model(nn.Module):
         targets = F.pad(batch.units, (0, 1)).masked_fill(~valid_mask(batch.unit_lengths, size), IGNORE_ID)
         return targets.scatter(1, batch.unit_lengths[:, None], self.eos)
 
+    def read(self, batch: Batch) -> Reading:
+        """Read all but the units: `[sos] [speaker] [text] [task]` of each row, and what the quantizer asks for.
+
+        Args:
+            batch: the utterances; their units are not looked at.
+
+        Returns:
+            the prefix, and the quantizer's loss; zeros in eval mode and without quantizer.
+
+        Raises:
+            ValueError: the batch lacks what the variant reads.
+        """
+        text, lengths, heard = self._text_vectors(batch)
+        prefix = self._prefix_of(text, lengths, self._speaker_vectors(batch))
+        if heard is None or heard.commitment_loss is None or not self.training:
+            return Reading(prefix, text.new_zeros(len(text)), torch.zeros_like(batch.text_lengths))
+        words = word_starts(batch.word_ids, batch.text_lengths).sum(dim=1)
+        return Reading(prefix, heard.commitment_loss * words, words)
+
     def prefix(self, batch: Batch) -> Prefix:
         """What the language model reads before the first unit, for generation.
 
@@ -215,8 +251,7 @@ class CosyVoiceS3Model(nn.Module):
         Returns:
             vectors [B, P, D] and lengths [B].
         """
-        rows = self._read(batch).rows
-        return Prefix(pad_sequence(rows, batch_first=True), _lengths_of(rows))
+        return self.read(batch).prefix
 
     @torch.inference_mode()
     def attention(self, batch: Batch) -> Tensor:
@@ -336,19 +371,16 @@ class CosyVoiceS3Model(nn.Module):
         self.load_state_dict(own | state)
         self.carried_names = frozenset(state.keys() - learned)
 
-    def _read(self, batch: Batch) -> _Reading:
-        """`[sos] [speaker] [text] [task]` of each row, unpadded, and what the quantizer asks for."""
-        text, lengths, heard = self._text_vectors(batch)
-        sos, task = self.llm.llm_embedding.weight[[SOS_ROW]], self.llm.llm_embedding.weight[[TASK_ROW]]
-        rows = [
-            torch.cat([sos, speaker, row[:length], task])
-            for speaker, row, length in zip(self._speaker_vectors(batch), text, lengths.tolist(), strict=True)
-        ]
-        words = torch.zeros_like(batch.text_lengths)
-        if heard is None or heard.commitment_loss is None or not self.training:
-            return _Reading(rows, text.new_zeros(len(rows)), words)
-        words = word_starts(batch.word_ids, batch.text_lengths).sum(dim=1)
-        return _Reading(rows, heard.commitment_loss * words, words)
+    def _prefix_of(self, text: Tensor, lengths: Tensor, speaker: Tensor) -> Prefix:
+        """`[sos] [speaker] [text] [task]` of each row, from text [B, T', D] and speaker [B, 0 or 1, D]."""
+        sos, task = (
+            self.llm.llm_embedding.weight[row].to(text.dtype).expand(len(text), 1, -1) for row in (SOS_ROW, TASK_ROW)
+        )
+        joined = torch.cat([sos, speaker.to(text.dtype), text, task], dim=1)
+        ends = (1 + speaker.shape[1] + lengths)[:, None]  # where each row's own [task] stands
+        place = torch.arange(joined.shape[1], device=text.device)[None]
+        joined = torch.where((place == ends)[:, :, None], task, joined)
+        return Prefix(joined.masked_fill((place > ends)[:, :, None], 0.0), ends[:, 0] + 1)
 
     def _text_vectors(self, batch: Batch) -> tuple[Tensor, Tensor, _Heard | None]:
         """The text at the LM's width [B, T', D], its lengths [B], and the speech that is in it."""
@@ -431,11 +463,6 @@ def lies_in(name: str, parts: Sequence[str]) -> bool:
         True where it does.
     """
     return name.startswith(tuple(f"{part}." for part in parts))
-
-
-def _lengths_of(rows: list[Tensor]) -> Tensor:
-    """[B], int64, on the rows' device."""
-    return torch.tensor([len(row) for row in rows], device=rows[0].device)
 
 
 def _check_parts(variant: str, parts: dict[str, nn.Module | None]) -> None:

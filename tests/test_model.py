@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cosyvoice.utils.common import IGNORE_ID
 from taste.aggregator import SimpleTextSpeechAggregator
@@ -98,6 +99,32 @@ def test_what_stands_in_the_padding_never_matters(variant, unit, batch):
     )
     for expected, got in zip(model(batch), model(refilled), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_a_batch_further_changes_nothing(variant, batch):
+    model = small_model(variant)
+    wider = replaced(
+        batch,
+        **{name: F.pad(getattr(batch, name), (0, 0, 0, 3)) for name in ("text", "speech_final", "speech_mid")},
+        **{name: F.pad(getattr(batch, name), (0, 3), value=IGNORE_ID) for name in ("units", "word_ids")},
+        text_tokens=F.pad(batch.text_tokens, (0, 3)),
+    )
+    for expected, got in zip(model(batch), model(wider), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_hidden_unit_is_read_as_zeros_and_still_predicted(batch):
+    model = small_model("text_only")
+    prefix = model.prefix(batch)
+    hidden = torch.zeros_like(batch.units, dtype=torch.bool)
+    hidden[:, 0] = True
+    told = model.predict_after(prefix, batch.units, batch.unit_lengths, hidden)
+    other = model.predict_after(prefix, batch.units.index_fill(1, torch.tensor(0), 5), batch.unit_lengths, hidden)
+    torch.testing.assert_close(told, other)
+    full = model.predict(batch)
+    torch.testing.assert_close(told[:, 0], full[:, 0])
+    assert not torch.allclose(told[:, 1], full[:, 1])
 
 
 def test_unit_zero_is_a_unit_like_any_other(batch):
