@@ -68,9 +68,7 @@ def show(
     codes = codes_of(model, decoded, device) if model.quantizer is not None else []
     note_shown(run_folder, decoded, tokenizer, weights, codes)
     if settings.measure_sounds:
-        threads = torch.get_num_threads()
         results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir)
-        torch.set_num_threads(threads)  # numba, which aligns sounds, sets it to all cores
     return results
 
 

@@ -20,6 +20,7 @@ from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
 from taste.recogniser import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
 from taste.speaker import SpeakerEncoder
+from taste.threads import torch_threads_kept
 
 # N samples   F mel frames, 86.13 Hz   M mel bands   C mel cepstra   P steps of an alignment   W words
 
@@ -362,7 +363,8 @@ def _align(distances: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Dynamic time warping: the frames [P] of both that belong together, neither ever going back."""
     from whisper.timing import dtw_cpu
 
-    first, second = dtw_cpu(distances.double().numpy()).copy()  # torch takes no reversed arrays
+    with torch_threads_kept():
+        first, second = dtw_cpu(distances.double().numpy()).copy()  # torch takes no reversed arrays
     return first, second
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jiwer
@@ -110,6 +113,24 @@ def test_any_rate_will_do(rate_hz):
 def test_a_click_is_refused():
     with pytest.raises(ValueError, match=r"other sound: expected a waveform \[N\] of 0.05 s or more, got \[9\]"):
         compare_sounds(glide([100, 120]), torch.zeros(9), RATE_HZ)
+
+
+def test_torch_keeps_its_number_of_threads():
+    """In a process of its own, since numba changes only what nobody has set before."""
+    script = (
+        "import torch\n"
+        "from taste.sound_metrics import compare_sounds\n"
+        "before = torch.get_num_threads()\n"
+        "compare_sounds(torch.randn(4000), torch.randn(3000), 22050)\n"
+        "print(before, torch.get_num_threads())\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "2",
+    }
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.split() == ["1", "1"]
 
 
 def test_the_voice_of_one_speaker_is_nearer_than_anothers(recordings):

@@ -19,6 +19,7 @@ from cosyvoice.utils.onnx_session import OnnxSession
 from taste.audio import read_audio
 from taste.interrupt import StopRequest
 from taste.speaker import SpeakerEncoder
+from taste.threads import torch_threads_kept
 from taste.whisper_encoder import WhisperEncoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,10 +39,9 @@ RATE_HZ = 16_000
 
 @pytest.fixture(scope="module", autouse=True)
 def few_threads() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads_kept():
+        torch.set_num_threads(1)
+        yield
 
 
 def write_corpus(work_dir: Path) -> Path:

@@ -20,6 +20,7 @@ from cosyvoice.utils.onnx_session import OnnxSession
 from taste.manifest import Utterance, read_manifest
 from taste.s3_units import open_extractor, read_recording
 from taste.speaker import SpeakerEncoder
+from taste.threads import torch_threads_kept
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "CosyVoice-tiny"
@@ -31,9 +32,8 @@ NUM_LAYERS = 6  # of the released S3 tokenizer
 @pytest.fixture
 def make_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(REPOSITORY / "CosyVoice" / "examples" / "tiny"))
-    threads = torch.get_num_threads()
-    yield importlib.import_module("make_model")
-    torch.set_num_threads(threads)  # the script works with one
+    with torch_threads_kept():  # the script works with one
+        yield importlib.import_module("make_model")
 
 
 @pytest.fixture(scope="module")
