@@ -57,7 +57,8 @@ VARIANT = (
 )
 INIT_FROM = None  # str: run whose weights start this one (exp/<run> or a checkpoint file); none: the model folder's
 STAGES = True  # with VARIANT all: as in the paper, each starts from the one before (text_only, taste_novq, taste)
-FIT_NEW_PARTS = True  # fit the new parts to the training set before the first step; False: they begin at random
+PRETRAINED_PARTS = True  # start the parts beside the language model from <COSYVOICE_MODEL_DIR>/taste.pt, where it fits
+FIT_NEW_PARTS = True  # fit all other new parts to the training set before the first step; False: they begin at random
 FREEZE_LLM = False  # True: only the new parts learn; False: everything from the text encoder to the output layer
 LORA_RANK = 0  # above 0: adapters of this rank learn in the frozen language model (FREEZE_LLM; needs peft)
 USE_SPEAKER = True  # give the LM the speaker's vector

@@ -18,6 +18,7 @@ from taste.listening import listen
 from taste.model import PARTS, CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.plots import plot_losses
+from taste.pretrained_parts import take_parts
 from taste.provenance import noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
 from taste.run_report import write_run_report
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 
 # settings that a run cannot change half-way; those that TasteSizes names too, where the variant has such parts
 DECIDES_TRAINING = (
-    *("variant", "init_from", "fit_new_parts", "freeze_llm", "lora_rank", "use_speaker", "batch_size"),
+    *("variant", "init_from", "pretrained_parts", "fit_new_parts", "freeze_llm", "lora_rank", "use_speaker"),
+    "batch_size",
     *("accumulation_steps", "lr", "new_parts_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
 )
+ORIGIN = ("started_from", "pretrained", "fitted")  # notes about a run's first weights
 SHOWN_IDS = 3
 
 
@@ -204,33 +207,41 @@ def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
 def give_first_weights(
     settings: Settings, model: CosyVoiceS3Model, train_set: UtteranceDataset, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Give a new run's model the weights of another run, and its new parts theirs.
+    """Give a new run's model its first weights: another run's, else the model folder's, else fitted ones.
 
     Args:
-        settings: INIT_FROM and FIT_NEW_PARTS.
+        settings: INIT_FROM, PRETRAINED_PARTS and FIT_NEW_PARTS.
         model: as `build_model` made it.
         train_set: what new parts are fitted to.
         say: takes what a person should know.
 
     Returns:
-        what was done, as notes: `started_from` and `fitted`, None where nothing was.
+        what was done, as notes: `started_from`, `pretrained` and `fitted`, None where nothing was.
 
     Raises:
         FileNotFoundError: INIT_FROM names nothing.
         ValueError: it does not fit.
     """
-    start = fitted = None
-    new_parts = set(PARTS[model.variant])
+    start = pretrained = fitted = None
+    new_parts, missing = set(PARTS[model.variant]), None
     if settings.init_from:
         start = start_from(model, find_start(settings.init_from, Path(settings.exp_dir)))
-        new_parts &= set(start["new_parts"])
+        pretrained = start["pretrained"]
+        missing = start["new_parts"]
+        new_parts &= set(missing)
         say(describe_start(start))
+    if settings.pretrained_parts and new_parts:
+        taken = take_parts(model, settings.cosyvoice_model_dir, missing, pretrained)
+        if taken:
+            new_parts -= set(taken.parts)
+            pretrained = taken.as_note() | {"parts": [*taken.parts, *(pretrained["parts"] if pretrained else [])]}
+            say(taken.describe())
     if not settings.fit_new_parts:
         new_parts &= {"quantizer"}  # its codebooks must come from the training set, or they come from the test set
     if new_parts:
         fitted = fit_new_parts(model, train_set, new_parts)
         say(describe_fit(fitted))
-    return {"started_from": start, "fitted": fitted}
+    return {"started_from": start, "pretrained": pretrained, "fitted": fitted}
 
 
 def train(
@@ -269,7 +280,7 @@ def train(
     config = TrainingConfig(**{name: getattr(settings, name) for name in names})
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:
-        origin = {name: checkpoint.notes.get(name) for name in ("started_from", "fitted")}
+        origin = {name: checkpoint.notes.get(name) for name in ORIGIN}
     notes = {
         "settings": settings.to_dict(),
         "commit": code_commit(taste.REPOSITORY),

@@ -46,7 +46,7 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
 
     Returns:
         what to note about it, as JSON knows values: checkpoint, variant, epoch, commit, weights (a fingerprint),
-        new_parts.
+        new_parts, pretrained (what that run took from its model folder, see `taste.pretrained_parts`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,6 +90,7 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
         "commit": notes["commit"],
         "weights": weights_fingerprint(weights),
         "new_parts": new_parts,
+        "pretrained": notes.get("pretrained"),
     }
 
 

@@ -52,6 +52,7 @@ def test_shared_parts_are_the_other_runs_and_new_parts_keep_their_beginning(tmp_
         "commit": None,
         "weights": "",
         "new_parts": NEW_PARTS,
+        "pretrained": None,
     }
 
 
