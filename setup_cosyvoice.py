@@ -8,7 +8,8 @@ need no network.
     python setup_cosyvoice.py --verify-only --deep-verify --model-dir CosyVoice-tiny      # one minute, no network
 
 Left out, because no stage reads them (--all-files takes them too): of CosyVoice the TorchScript archives `*.zip`, the
-TensorRT copies of the flow and the pictures; of Whisper every weight but `model.safetensors`, and its tokenizer.
+TensorRT copies of the flow and the pictures; of Whisper every weight but `model.safetensors`. Whisper's tokenizer comes
+along where the hub has it: with it, and no network, that Whisper writes down what decoded sound says (word error).
 
 Exit codes: 0 the folder is complete and every check passed; 1 it is not; 2 wrong usage; 130 stopped by Ctrl-C.
 """
@@ -41,6 +42,16 @@ COSYVOICE_ON_HUGGINGFACE = "FunAudioLLM/CosyVoice-300M"  # repository
 WHISPER_ON_MODELSCOPE = "AI-ModelScope/whisper-large-v3"  # repository
 WHISPER_ON_HUGGINGFACE = "openai/whisper-large-v3"  # repository
 
+_WRITING_FILES = (  # of Whisper, for the recogniser; the stages read none of them
+    "added_tokens.json",
+    "generation_config.json",
+    "merges.txt",
+    "normalizer.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 _SOURCES = {"auto": None, "modelscope": ModelScopeHub.name, "huggingface": HuggingFaceHub.name}
 
 
@@ -111,7 +122,7 @@ def model_parts(settings: Settings) -> list[ModelPart]:
         },
         home=HuggingFaceHub.name,
         required=("config.json", "model.safetensors"),
-        optional=("preprocessor_config.json", "README.md", "LICENSE"),
+        optional=("preprocessor_config.json", *_WRITING_FILES, "README.md", "LICENSE"),
     )
     return [cosyvoice, whisper] if settings.whisper else [cosyvoice]
 

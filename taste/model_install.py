@@ -137,8 +137,10 @@ class Installer:
         shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)
 
     def _is_complete(self, folder: Path, part: ModelPart, record: PartRecord | None) -> bool:
-        """Whether a part was verified against a hub once, and is still what it was then: then no hub is asked."""
+        """Whether all of a part was verified against a hub once, and is still what it was then: no hub is asked."""
         if record is None or record.hub is None or (self.all_files and not record.all_files):
+            return False
+        if not set(part.optional) <= set(record.optional):  # it was filled when less was wanted
             return False
         checks = check_part(folder, part, record.files, next_command="")
         failed = [check.name for check in checks if not check.passed]
@@ -165,7 +167,7 @@ class Installer:
             except AnotherModelError as error:
                 another = error  # unless the other hub has just these files
                 continue
-            return PartRecord(name, listing.repository, listing.revision, self.all_files, files)
+            return PartRecord(name, listing.repository, listing.revision, self.all_files, part.optional, files)
         if another is not None:
             raise another
         adopted = _adopt(folder, part, record, reasons)
@@ -289,7 +291,8 @@ def _adopt(folder: Path, part: ModelPart, record: PartRecord | None, reasons: Se
     if missing or broken:
         absent = [f"{part.name}: missing {', '.join(missing)}"] if missing else []
         raise InstallError("\n".join([*absent, *broken, *(f"{part.name}: {reason}" for reason in reasons)]))
-    return PartRecord(None, None, None, False, {check.name: _as_it_is(folder, check.name) for check in checks})
+    files = {check.name: _as_it_is(folder, check.name) for check in checks}
+    return PartRecord(None, None, None, False, part.optional, files)
 
 
 def _as_it_is(folder: Path, name: str) -> ExpectedFile:

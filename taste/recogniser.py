@@ -100,7 +100,7 @@ def whisper_lacks(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
-        return "it has no tokenizer: tokenizer.json of the same Whisper"
+        return "it has no tokenizer: tokenizer.json of the same Whisper, which setup_cosyvoice.py fetches"
     try:
         if not _has_decoder(folder):
             return "its weights have no decoder"

@@ -67,6 +67,7 @@ class PartRecord(NamedTuple):
     repository: str | None
     revision: str | None
     all_files: bool  # whether everything the repository holds was fetched
+    optional: tuple[str, ...]  # what was asked for beside the required files, whether or not the hub had it
     files: dict[str, ExpectedFile]  # path inside the model folder -> its size and sha256
 
 
@@ -200,7 +201,10 @@ def _as_record(fields: Mapping[str, Any]) -> PartRecord:
         path: ExpectedFile(path, int(entry["size_bytes"]), str(entry["sha256"]))
         for path, entry in fields["files"].items()
     }
-    return PartRecord(fields["hub"], fields["repository"], fields["revision"], bool(fields["all_files"]), files)
+    optional = tuple(fields.get("optional", ()))  # which earlier manifests do not tell
+    return PartRecord(
+        fields["hub"], fields["repository"], fields["revision"], bool(fields["all_files"]), optional, files
+    )
 
 
 def _check_file(folder: Path, name: str, recorded: ExpectedFile | None, next_command: str) -> Check:

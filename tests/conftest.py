@@ -30,3 +30,14 @@ def golden_dir() -> Path:
 def golden_cases() -> dict[str, dict[str, Any]]:
     """Reference inputs and outputs by case name; treat them as read-only (clone before changing one)."""
     return torch.load(GOLDEN_DIR / "small_cases.pt", weights_only=True)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any use of a network in this process is an error."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"the network was used: {arguments}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)

@@ -39,7 +39,14 @@ def published(hub: str, seed: int = 0, llm_bytes: int = 40_000) -> dict[str, dic
         "preprocessor_config.json": b"{}\n",
         "model.safetensors": _safetensors(noise, 30_000),
         "pytorch_model.bin": noise.randbytes(8_000),
-        "tokenizer.json": b"{}\n",
+        "added_tokens.json": b'{"<|en|>": 1}\n',
+        "generation_config.json": b"{}\n",
+        "merges.txt": b"#version: 0.2\n",
+        "normalizer.json": b'{"colour": "color"}\n',
+        "special_tokens_map.json": b"{}\n",
+        "tokenizer.json": b'{"version": "1.0"}\n',
+        "tokenizer_config.json": b"{}\n",
+        "vocab.json": b'{"a": 0}\n',
     }
     return {COSYVOICE_REPOSITORIES[hub]: cosyvoice, WHISPER_REPOSITORIES[hub]: whisper}
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import setup_cosyvoice
 from taste.audio import read_audio
 from taste.recogniser import Pocketsphinx, WhisperRecogniser, find_recogniser, normalise, whisper_lacks
+from taste.settings import parse_settings
 from tests.small_whisper import write_small_whisper
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +73,26 @@ def write_writing_whisper(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
     return folder
+
+
+def publish_tokenizer(folder: Path) -> None:
+    """Turn the tokenizer of a folder into the files, and the layout, in which Whisper-large-v3's is published."""
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    special = {"additional_special_tokens": settings.pop("extra_special_tokens")}
+    special |= {name: settings[name] for name in ("bos_token", "eos_token", "unk_token")}
+    described = {str(token.pop("id")): token for token in whole["added_tokens"]}
+    settings |= special | {"added_tokens_decoder": described, "processor_class": "WhisperProcessor"}
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    for name, content in {
+        "added_tokens.json": added,
+        "normalizer.json": {"colour": "color"},
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": settings,
+        "vocab.json": whole["model"]["vocab"],
+    }.items():
+        (folder / name).write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +169,27 @@ def test_a_whole_whisper_is_preferred_and_times_what_it_writes(tmp_path, spoken)
     assert heard and all(word.text == normalise(word.text) and word.start_s <= word.end_s for word in heard)
     assert found.recogniser.words(spoken[0][:100], RATE_HZ) == []
     assert found.recogniser.align(spoken[0], RATE_HZ, spoken[1]) is None
+
+
+@pytest.mark.parametrize("lacks", [(), ("tokenizer.json",), ("vocab.json", "merges.txt", "added_tokens.json")])
+def test_a_whisper_as_published_writes_the_same_without_a_network(tmp_path, spoken, no_network, lacks):
+    folder = write_writing_whisper(tmp_path / "whisper")
+    expected = WhisperRecogniser(folder).words(spoken[0], RATE_HZ)
+    publish_tokenizer(folder)
+    for name in lacks:
+        (folder / name).unlink()
+
+    found = find_recogniser(tmp_path)
+    assert found.reason == f"Whisper in {folder}"
+    assert found.recogniser.words(spoken[0], RATE_HZ) == expected != []
+
+
+def test_what_setup_fetches_of_whisper_is_what_the_recogniser_needs(tmp_path):
+    settings = parse_settings(setup_cosyvoice.__file__, vars(setup_cosyvoice), [])
+    fetched = setup_cosyvoice.model_parts(settings)[1]
+    whole = write_writing_whisper(tmp_path / "whole")
+    publish_tokenizer(whole)
+    assert {path.name for path in whole.iterdir()} == {*fetched.required, *fetched.optional} - {"README.md", "LICENSE"}
 
 
 def test_a_whisper_that_cannot_write_says_what_it_lacks(tmp_path):

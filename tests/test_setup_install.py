@@ -33,6 +33,17 @@ NEEDED = {
     "whisper/preprocessor_config.json",
     "whisper/model.safetensors",
 }
+WRITING = {  # with which Whisper can write
+    "whisper/added_tokens.json",
+    "whisper/generation_config.json",
+    "whisper/merges.txt",
+    "whisper/normalizer.json",
+    "whisper/special_tokens_map.json",
+    "whisper/tokenizer.json",
+    "whisper/tokenizer_config.json",
+    "whisper/vocab.json",
+}
+NEEDED |= WRITING
 CLOSED_ADDRESS = "http://127.0.0.1:9"
 
 
@@ -142,6 +153,42 @@ def test_all_files_takes_the_torchscript_archives_as_they_are(world):
     assert (world.folder / "asset/dingding.png").is_file()
     assert (world.folder / "whisper/pytorch_model.bin").is_file()
     assert world.fetched.count("llm.pt") == 1
+
+
+def test_whisper_is_complete_where_neither_hub_has_a_tokenizer(world):
+    for server in (world.modelscope, world.hugging_face):
+        for repository in set(WHISPER_REPOSITORIES.values()) & set(server.repositories):
+            for name in WRITING:
+                del server.repositories[repository][name.removeprefix("whisper/")]
+
+    world.installer().install()
+    assert files_under(world.folder) == NEEDED - WRITING | {MANIFEST_NAME}
+    world.cut_the_network()
+    world.installer().install()  # and no hub is asked for it again
+
+
+def test_a_folder_filled_before_the_tokenizer_was_wanted_gets_it_and_nothing_else(world):
+    world.installer().install()
+    manifest = json.loads((world.folder / MANIFEST_NAME).read_text())
+    for name in WRITING:
+        (world.folder / name).unlink()
+        del manifest["parts"]["Whisper"]["files"][name]
+    del manifest["parts"]["Whisper"]["optional"]
+    (world.folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    before = list(world.fetched)
+
+    world.installer().install()
+    assert sorted(world.fetched[len(before) :]) == sorted(name.removeprefix("whisper/") for name in WRITING)
+    assert WRITING < set(read_manifest(world.folder)["Whisper"].files)
+
+
+def test_a_damaged_tokenizer_is_found_without_a_network(world):
+    place_all(world)
+    write_folder(world.folder, {"whisper/tokenizer.json": b'{"version": '})
+    world.cut_the_network()
+
+    with pytest.raises(InstallError, match=r"whisper/tokenizer\.json: not a whole JSON file"):
+        world.installer().install()
 
 
 def test_whisper_can_be_left_out(world):

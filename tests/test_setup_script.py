@@ -37,17 +37,6 @@ def run(*flags: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProc
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any use of a network in this process is an error."""
-
-    def refuse(*arguments):
-        raise AssertionError(f"the network was used: {arguments}")
-
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
-
-
 def place_all(folder: Path) -> None:
     repositories = published("ModelScope")
     write_folder(folder, repositories[COSYVOICE_REPOSITORIES["ModelScope"]])
