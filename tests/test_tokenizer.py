@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model_code
 from taste.audio import read_audio, write_wav
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import Checkpoint, save_checkpoint
@@ -145,6 +146,35 @@ def test_codes_of_another_model_are_refused(work, tmp_path, spoken):
     other = work.open(checkpoint_path=work.save(tmp_path / "best.pt", seed=1))
     with pytest.raises(OtherModelError, match=f"written by model {spoken.model}, this one is {other.fingerprint}"):
         other.check_mine(spoken)
+
+
+def test_the_command_refuses_a_folder_with_one_file_of_another_model_before_it_speaks(work, tmp_path, spoken, capsys):
+    mine = work.open(checkpoint_path=work.save(tmp_path / "mine.pt", seed=1))
+    codes, run = tmp_path / "codes", tmp_path / "exp" / "run"
+    words = ["--mode", "decode", "--variant", "taste", "--exp-dir", str(run.parent), "--run-name", run.name]
+    words += ["--cosyvoice-model-dir", str(work.model_dir), "--mid-layer", str(MID_LAYER), "--codes-dir", str(codes)]
+    words += ["--resume", str(tmp_path / "mine.pt"), "--device", "cpu", "--sampling", "greedy"]
+    words += ["--most-units-per-token", "4"]
+    write_codes(codes / "a.json", mine.encode(work.wav, TEXT))
+    write_codes(codes / "b.json", spoken)
+    assert model_code.main(words) == 1
+    told = f"b.json: these codes were written by model {spoken.model}, this one is {mine.fingerprint}"
+    assert told in capsys.readouterr().err
+    assert not list(run.rglob("*.wav"))
+
+    (codes / "b.json").unlink()
+    assert model_code.main(words) == 0
+    assert [path.name for path in run.rglob("*.wav")] == ["a.wav"]
+
+
+@pytest.mark.parametrize("part", ["aggregator", "quantizer", "audio_branch", "llm"])
+def test_codes_of_a_model_that_differs_in_one_number_are_refused(work, spoken, part):
+    reader = work.open()._reader
+    TasteTokenizer(reader, work.model_dir).check_mine(spoken)
+    *_, last = (value for name, value in reader.model.state_dict().items() if name.startswith(f"{part}."))
+    last.view(-1)[-1] += 1
+    with pytest.raises(OtherModelError):
+        TasteTokenizer(reader, work.model_dir).check_mine(spoken)
 
 
 @pytest.mark.parametrize(
