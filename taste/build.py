@@ -1,12 +1,14 @@
 """Puts a variant's parts beside the pretrained language model of a model folder."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.model_dir import ModelDir, load_part
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.audio_branch import AudioBranch
@@ -107,6 +109,39 @@ def build_model(
             parts["aggregator"] = aggregator_from_whisper(folder, llm.text_embedding, speech_width, taste_sizes)
     options = {"variant": variant, "freeze_llm": freeze_llm, "use_speaker": use_speaker, "lora_rank": lora_rank}
     return CosyVoiceS3Model(llm, **parts, **options)
+
+
+def build_together(
+    llm: TransformerLM, variants: Sequence[str], *, speech_width: int, taste_sizes: TasteSizes
+) -> dict[str, CosyVoiceS3Model]:
+    """Put the parts of several variants beside one language model that they share, all of which learns.
+
+    `taste_novq` and `taste` share aggregator, audio branch and fusion as well.
+
+    Args:
+        llm: the language model; its `requires_grad` flags are set here: only `text_embedding` stays as it is.
+        variants: some of `VARIANTS`.
+        speech_width: channels of the Whisper features.
+        taste_sizes: of the parts of `taste_novq` and `taste`; an aggregator from Whisper is not to be had.
+
+    Returns:
+        the models by variant, their own parts drawn from torch's global random generator.
+
+    Raises:
+        ValueError: a variant is unknown, or a size does not fit.
+    """
+    text_width = llm.text_embedding.embedding_dim
+    parts = taste_parts("taste", text_width, speech_width, llm.llm_input_size, taste_sizes)
+    models = {}
+    for variant in variants:
+        if variant == "simple":
+            own: dict[str, nn.Module] = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
+        else:
+            own = {name: parts[name] for name in PARTS.get(variant, ())}
+        models[variant] = CosyVoiceS3Model(llm, **own, variant=variant)
+    llm.requires_grad_(True)  # each variant has switched off what has no work in it
+    llm.text_embedding.requires_grad_(False)
+    return models
 
 
 def aggregator_from_whisper(

@@ -1,0 +1,142 @@
+"""Several variants around one language model, as one model to train and to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from packed_features import PackedFeatures
+from torch import Tensor, nn
+
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.utils.common import IGNORE_ID
+from taste.batch import Batch, Example
+from taste.fitted_taste import start_quantizer
+from taste.model import CosyVoiceS3Model, Prefix
+from taste.scoring import Totals
+
+# B batch   P positions before the units   S S3 units, 50 Hz   V variants   D channels of the language model
+
+_MEASURED_POSITIONS = 20_000  # of a batch that is measured
+
+
+class JointLosses(NamedTuple):
+    """What one batch costs the variants."""
+
+    losses: Tensor  # [V], cross-entropy in nats, mean over the targets
+    commitment: Tensor  # scalar, the quantizer's, mean over the words; 0 without one
+
+
+class JointModel(nn.Module):
+    """Variants that share a language model, and what else the same module is in more than one of them.
+
+    Args:
+        models: by variant, at least one.
+    """
+
+    def __init__(self, models: Mapping[str, CosyVoiceS3Model]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+
+    @property
+    def llm(self) -> TransformerLM:
+        """The language model."""
+        return next(iter(self.models.values())).llm
+
+    def train(self, mode: bool = True) -> JointModel:
+        """Switch training mode on or off, everywhere.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            the model itself.
+        """
+        super().train(mode)
+        self.llm.train(mode)  # a variant in which a part has no work has left it in eval mode
+        return self
+
+    def forward(self, batch: Batch, variants: Sequence[str], hidden_units: Tensor | None = None) -> JointLosses:
+        """What the true units of a batch cost each variant; the language model reads all of them side by side.
+
+        Args:
+            batch: the utterances.
+            variants: names of those that read it.
+            hidden_units: [B, S], bool, see `CosyVoiceS3Model.predict_after`; the same for all variants.
+
+        Returns:
+            the losses, in the order of `variants`.
+        """
+        models = [self.models[variant] for variant in variants]
+        readings = [model.read(batch) for model in models]
+        prefix = _side_by_side([reading.prefix for reading in readings])
+        count = len(models)
+        hidden = None if hidden_units is None else hidden_units.repeat(count, 1)
+        logits = models[0].predict_after(prefix, batch.units.repeat(count, 1), batch.unit_lengths.repeat(count), hidden)
+        targets = models[0].targets(batch).repeat(count, 1)
+        each = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_ID, reduction="none"
+        )
+        targets_a_variant = (batch.unit_lengths + 1).sum()
+        commitment = sum(reading.commitment_sums.sum() / reading.word_counts.sum().clamp(min=1) for reading in readings)
+        return JointLosses(each.view(count, -1).sum(dim=1) / targets_a_variant, commitment)
+
+
+def start_codebooks(joint: JointModel, examples: Sequence[Example]) -> list[float]:
+    """Start the quantizer of `taste` from the words of some utterances, as its aggregator hears them by now.
+
+    Args:
+        joint: with `taste`; only its quantizer changes.
+        examples: of the training set.
+
+    Returns:
+        share of the codes that some word uses, of each level.
+    """
+    own = joint.models["taste"]
+    model = deepcopy(own).cpu()
+    usage = start_quantizer(model, examples)
+    own.quantizer.load_state_dict(model.quantizer.state_dict())
+    return usage
+
+
+@torch.inference_mode()
+def measure(joint: JointModel, features: PackedFeatures, variants: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Score the variants on a data set, some of them also with what is not the utterance's own.
+
+    Args:
+        joint: left in eval mode.
+        features: the utterances.
+        variants: names of those to score.
+
+    Returns:
+        loss, top1 and top5 of each variant; of `taste_novq` and `taste` also with another utterance's recording
+        (`<variant> shuffled`), of `text_only` with another's text (`text_only wrong text`).
+    """
+    joint.eval()
+    count = len(features)
+    totals: dict[str, Totals] = {}
+
+    def add(name: str, variant: str, batch: Batch) -> None:
+        totals[name] = totals.get(name, Totals()) + Totals.of(joint.models[variant](batch))
+
+    for chosen in features.batches_by_length(_MEASURED_POSITIONS):
+        others = [(number + count // 2) % count for number in chosen]
+        batch = features.batch(chosen)
+        other_recordings = features.batch(chosen, recordings=others)
+        for variant in variants:
+            add(variant, variant, batch)
+            if variant.startswith("taste"):
+                add(f"{variant} shuffled", variant, other_recordings)
+        if "text_only" in variants:
+            add("text_only wrong text", "text_only", features.batch(chosen, texts=others))
+    return {name: total.averages() for name, total in totals.items()}
+
+
+def _side_by_side(prefixes: Sequence[Prefix]) -> Prefix:
+    """The rows of all prefixes as one batch."""
+    longest = max(prefix.vectors.shape[1] for prefix in prefixes)
+    padded = [F.pad(prefix.vectors, (0, 0, 0, longest - prefix.vectors.shape[1])) for prefix in prefixes]
+    return Prefix(torch.cat(padded), torch.cat([prefix.lengths for prefix in prefixes]))

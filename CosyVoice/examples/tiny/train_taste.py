@@ -1,0 +1,490 @@
+"""Train a language model together with the parts that hear a recording, on features of stages 1 and 2.
+
+In: `<model-dir>/cosyvoice.yaml`, weights of the language model to start from, and sets of features, each named by how
+its four files begin: `<set>_{text_emb,whisper_feats,utt2info}.pt` from utt2text_and_feature.py and `<set>_utt2s3.pt`
+from s3.sh; where the units lie elsewhere, write `<set>:<units>`. Out, in `<out>/`: llm.pt (the language model) and
+taste.pt (the parts of all variants, in float16, see taste/pretrained_parts.py), metrics.jsonl, metrics.json,
+loss_curve.png, settings.json, and state.pt, from which a run that was stopped goes on.
+
+    python CosyVoice/examples/tiny/train_taste.py --train work/feats/lively,work/feats/train --dev dev=work/feats/dev \
+        --llm work/llm_start/llm.pt --model-dir CosyVoice/examples/tiny/conf --minutes 8 --device cuda
+    python CosyVoice/examples/tiny/train_taste.py --steps 20 --batch-units 600 --out /tmp/joint               (a look)
+
+All variants read the same batch, and one step follows the mean of their losses: so the language model learns to speak
+from text alone as well as from text and recording. `taste` joins later, when there are words worth placing codes at.
+Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped by Ctrl-C or SIGTERM, saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+_REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+
+from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
+from packed_features import PackedFeatures  # noqa: E402
+from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
+
+import model_code  # noqa: E402
+from cosyvoice.llm.llm import TransformerLM  # noqa: E402
+from cosyvoice.utils.checkpoint import save_file  # noqa: E402
+from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_weights, sizes  # noqa: E402
+from cosyvoice.utils.train_utils import load_model  # noqa: E402
+from taste.atomic import atomic_path  # noqa: E402
+from taste.batch import Batch  # noqa: E402
+from taste.build import TasteSizes, build_together  # noqa: E402
+from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly  # noqa: E402
+from taste.fitted_start import fit_new_parts  # noqa: E402
+from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
+from taste.plots import plot_comparison  # noqa: E402
+from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
+from taste.progress import Progress, StepRecord  # noqa: E402
+from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+
+# B batch   S S3 units, 50 Hz
+
+MODEL_DIR = Path("CosyVoice-tiny")  # cosyvoice.yaml, the sizes of the language model
+LLM = None  # str: llm.pt to start from; none: <model-dir>/llm.pt
+TRAIN = ("utt2_output/train:s3_output/train",)  # sets of features to learn from
+DEV = ("test=utt2_output/test:s3_output/test",)  # sets of features to measure, each behind its name
+OUT = Path("exp/joint")  # where everything is written
+VARIANTS = ("text_only", "simple", "taste_novq", "taste")  # what is trained
+STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
+MINUTES = None  # float: train by the clock instead, evaluations included; the schedule follows it
+BATCH_UNITS = 10_000  # positions of the language model in a batch, padding included
+LLM_LR = 1e-3  # peak learning rate of the language model
+PARTS_LR = 2e-3  # the same of the parts beside it
+WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
+GRAD_CLIP = 1.0  # largest norm of the gradient
+HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden from the language model
+HIDE_UNITS = 0.2  # share of the units that are hidden in these: what comes next must then be heard from elsewhere
+QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
+AUDIO_GAIN = 1.0  # size of the audio branch's outputs at first, of the encoded text's
+DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
+CHECK_EVERY = 500  # steps between two evaluations
+SAVE_MINUTES = 3.0  # between two saves
+SEED = 1986  # of the parts' weights, the order of the data, dropout
+THREADS = 1  # of the CPU
+DEVICE = "auto"  # auto, cpu, cuda
+
+_LOG_EVERY = 20  # steps; a GPU is waited for no more often
+_CODEBOOK_UTTERANCES = 1_500  # from whose words the codebooks start
+_SCHEDULE = 10_000  # parts that the schedule is cut into
+_FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
+_ADAM_BETAS = (0.9, 0.98)
+_TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
+_DECIDES_TRAINING = (
+    *("llm", "train", "variants", "steps", "minutes", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
+    *("hide_rows", "hide_units", "quantizer_from", "audio_gain", "dtype", "seed"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    settings = parse_settings(__file__, globals(), argv)
+    return run_to_the_end(run, settings)
+
+
+def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
+    """Open, build, train, write.
+
+    Args:
+        settings: the script's constants.
+        stop_requested: asked after each step.
+
+    Returns:
+        False where it was asked to stop.
+
+    Raises:
+        OSError, ValueError: the message is for the person at the keyboard.
+    """
+    check(settings)
+    print(f"settings of {settings.out}:\n{settings.describe()}\n")
+    settings.save(settings.out / "settings.json")
+    device = pick_device(settings.device)
+    torch.set_float32_matmul_precision("high")
+    model_sizes = sizes(settings.model_dir)
+    train_sets = [open_set(name, model_sizes) for name in settings.train]
+    dev_sets = dict(named_set(name, model_sizes) for name in settings.dev)
+
+    torch.manual_seed(settings.seed)
+    llm = read_llm(settings)
+    check_texts(llm, [*train_sets, *dev_sets.values()])
+    joint = JointModel(
+        build_together(llm, settings.variants, speech_width=train_sets[0].speech_width, taste_sizes=_TASTE_SIZES)
+    )
+    state_path = settings.out / "state.pt"
+    if not state_path.is_file():
+        fit(joint, ConcatDataset(train_sets), settings.audio_gain)
+    started = time.perf_counter()
+    joint.to(device)
+    training = JointTraining(
+        settings,
+        joint,
+        PackedFeatures(train_sets, device),
+        {name: PackedFeatures([dev_set], device) for name, dev_set in dev_sets.items()},
+        ConcatDataset(train_sets),
+    )
+    print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
+    training.go_on(state_path)
+    finished = training.until_the_end(stop_requested)
+    if finished:
+        metrics = {"steps": training.step, "seconds": training.seconds, "dev": training.history[-1]["dev"]}
+        with atomic_path(settings.out / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return finished
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings that no training can be made of."""
+    problems = [f"VARIANTS has {name!r}" for name in settings.variants if name not in ALL_VARIANTS]
+    problems += [f"{name.upper()} is empty" for name in ("variants", "train") if not getattr(settings, name)]
+    problems += [f"DTYPE is {settings.dtype!r}"] if settings.dtype not in ("float32", "bfloat16") else []
+    if settings.minutes is not None and settings.minutes <= 0:
+        problems.append(f"MINUTES is {settings.minutes}")
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}; expected variants of {', '.join(ALL_VARIANTS)}, float32 or bfloat16, and sets "
+            "of features to train with"
+        )
+
+
+def open_set(name: str, model_sizes: ModelSizes) -> UtteranceDataset:
+    """Open a set of features.
+
+    Args:
+        name: how its files begin, and behind a colon how those of its units do, where these lie elsewhere.
+        model_sizes: what the features must fit.
+
+    Returns:
+        the data set, which has words.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: nothing is usable, or the features are another model's, or without words.
+    """
+    features, _, units = name.partition(":")
+    dataset = open_dataset(
+        FeaturePaths(
+            units=Path(f"{units or features}_utt2s3.pt"),
+            text=Path(f"{features}_text_emb.pt"),
+            speech=Path(f"{features}_whisper_feats.pt"),
+            info=Path(f"{features}_utt2info.pt"),
+        ),
+        model_sizes,
+    )
+    print(dataset.selection.describe(features), flush=True)
+    if not dataset.has_words:
+        raise ValueError(f"{features}_utt2info.pt has no words; make it again with utt2text_and_feature.py")
+    return dataset
+
+
+def named_set(word: str, model_sizes: ModelSizes) -> tuple[str, UtteranceDataset]:
+    """Open a set of features that is called by a name, `name=set`."""
+    name, equals, rest = word.partition("=")
+    if not equals:
+        raise ValueError(f"DEV has {word!r}; expected name=set, such as dev=work/feats/dev")
+    return name, open_set(rest, model_sizes)
+
+
+def read_llm(settings: Settings) -> TransformerLM:
+    """Build the language model with the weights to start from."""
+    path = Path(settings.llm or settings.model_dir / "llm.pt")
+    llm = load_model(settings.model_dir / CONFIG_FILE, "llm")
+    load_state(llm, read_weights(path), path)
+    return llm.float()
+
+
+def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> None:
+    """Refuse text embeddings of another language model: they never learn here, so they would never fit."""
+    for dataset in datasets:
+        example = dataset[0]
+        distance = float((llm.text_embedding(example.text_tokens) - example.text).abs().max())
+        if distance > _FEATURE_TOLERANCE:
+            raise ValueError(
+                f"the text embedding of {example.utt_id} is not this language model's (difference {distance:.3g}); "
+                "make the features again with the llm.pt that the training starts from: python utt2text_and_feature.py"
+            )
+
+
+def fit(joint: JointModel, dataset: Any, audio_gain: float) -> None:
+    """Let the new parts begin with something to hear: see taste/fitted_start.py."""
+    for variant, parts in {"simple": {"aggregator"}, "taste_novq": {"aggregator", "audio_branch"}}.items():
+        if variant in joint.models:
+            started = time.perf_counter()
+            notes = fit_new_parts(joint.models[variant], dataset, parts)
+            print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
+    if "taste_novq" in joint.models:
+        branch = joint.models["taste_novq"].audio_branch.audio_token_encoder_affine_layer
+        with torch.no_grad():
+            for weight in branch.parameters():
+                weight.mul_(audio_gain / model_gain())
+
+
+def model_gain() -> float:
+    """The gain that `fit_new_parts` gives the audio branch."""
+    from taste.fitted_start import SPEECH_GAIN
+
+    return SPEECH_GAIN
+
+
+class JointTraining:
+    """The training as far as it has come.
+
+    Args:
+        settings: the script's constants.
+        joint: on the device.
+        features: to learn from.
+        dev_sets: to measure, by name.
+        dataset: the same as `features`, for the codebooks' start on the CPU.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        joint: JointModel,
+        features: PackedFeatures,
+        dev_sets: Mapping[str, PackedFeatures],
+        dataset: Any,
+    ) -> None:
+        self.settings, self.joint, self.features, self.dev_sets = settings, joint, features, dev_sets
+        self.dataset = dataset
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
+        )
+        self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
+        self.codebooks_started = False
+        self.history: list[dict[str, Any]] = []
+        self.record = StepRecord(settings.out / "metrics.jsonl")
+        self.batches: list[list[int]] = []  # of the epoch in work
+        self.sums: Tensor | None = None  # losses since the last line of the record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands, but for weights and optimizer."""
+        names = ("step", "epoch", "place", "seconds", "codebooks_started", "history")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Args:
+            state: it.
+        """
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def go_on(self, path: Path) -> None:
+        """Take up what an earlier run saved, if one did.
+
+        Args:
+            path: its state.
+
+        Raises:
+            ValueError: it is of other settings.
+        """
+        self.state_path = path
+        resume(path, self._parts(), self._deciding())
+        self.record.keep_until(Progress(step=self.step))
+        if self.step:
+            print(f"going on from step {self.step}", flush=True)
+
+    def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
+        """Train, measure and save.
+
+        Args:
+            stop_requested: asked before each step.
+
+        Returns:
+            False where it was asked to stop.
+
+        Raises:
+            ValueError: a loss is no number; what was saved is from before.
+        """
+        clock = saved = time.perf_counter()
+        while (share := self._share()) < 1:
+            if stop_requested():
+                self._save()
+                return False
+            self._one_step(share)
+            if self.step % _LOG_EVERY == 0:
+                self._log(share)
+            if self.step % self.settings.check_every == 0:
+                self._measure()
+            if time.perf_counter() - saved > 60 * self.settings.save_minutes:
+                self._save()
+                saved = time.perf_counter()
+            self.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+        if not self.history or self.history[-1]["step"] != self.step:
+            self._measure()
+        self._save()
+        return True
+
+    def _share(self) -> float:
+        """How much of the training is done."""
+        if self.settings.minutes is None:
+            return self.step / self.settings.steps
+        return self.seconds / (60 * self.settings.minutes)
+
+    def _one_step(self, share: float) -> None:
+        settings, joint = self.settings, self.joint
+        variants = self._variants(share)
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, self.step)).generate_state(1, np.uint64)[0]))
+        joint.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, group["peak_lr"])
+        batch = self.features.batch(self._next_rows())
+        with torch.autocast(self.features.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            found = joint(batch, variants, self._hidden_units(batch))
+        (found.losses.mean() + found.commitment).backward()
+        norm = nn.utils.clip_grad_norm_(joint.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        # a variant that is not trained yet stands last, and counts as not a number
+        row = torch.cat([found.losses.detach(), found.commitment.detach().view(1), norm.detach().view(1)])
+        self.sums = row if self.sums is None or len(self.sums) != len(row) else self.sums + row
+        self.summed = 1 if self.sums is row else self.summed + 1
+
+    def _variants(self, share: float) -> list[str]:
+        """Those that learn by now; starts the codebooks when their time has come."""
+        variants = [name for name in self.settings.variants if name != "taste"]
+        if "taste" not in self.settings.variants or (variants and share < self.settings.quantizer_from):
+            return variants
+        if not self.codebooks_started:
+            started = time.perf_counter()
+            chosen = spread_evenly(len(self.dataset), _CODEBOOK_UTTERANCES)
+            usage = start_codebooks(self.joint, [self.dataset[index] for index in chosen])
+            self.codebooks_started = True
+            shown = ", ".join(f"{part:.0%}" for part in usage)
+            print(f"codebooks started in {time.perf_counter() - started:.0f} s; used: {shown}", flush=True)
+        return [*variants, "taste"]
+
+    def _next_rows(self) -> list[int]:
+        if not self.batches or self.place >= len(self.batches):
+            if self.batches:
+                self.epoch, self.place = self.epoch + 1, 0
+            self.batches = self.features.batches(self.settings.batch_units, self.settings.seed, self.epoch)
+            if self.place >= len(self.batches):  # a state that was saved at an epoch's end
+                self.epoch, self.place = self.epoch + 1, 0
+                self.batches = self.features.batches(self.settings.batch_units, self.settings.seed, self.epoch)
+        self.place += 1
+        return self.batches[self.place - 1]
+
+    def _hidden_units(self, batch: Batch) -> Tensor | None:
+        """Which units the language model shall not see, [B, S], bool."""
+        settings = self.settings
+        if not settings.hide_rows or not settings.hide_units:
+            return None
+        rows = torch.rand(len(batch.units), 1, device=batch.units.device) < settings.hide_rows
+        return rows & (torch.rand(batch.units.shape, device=batch.units.device) < settings.hide_units)
+
+    def _log(self, share: float) -> None:
+        values = (self.sums / self.summed).tolist()
+        self.sums = None
+        *losses, commitment, norm = values
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"step {self.step}: losses {losses}, norm of the gradient {norm}; state.pt is from before; remove it "
+                "and lower LLM_LR or PARTS_LR"
+            )
+        named = dict(zip(self._variants(share), losses, strict=True))
+        lr = self.optimizer.param_groups[0]["lr"]
+        results = {"losses": named, "commitment": commitment, "gradient_norm": norm, "lr": lr, "seconds": self.seconds}
+        self.record.add("step", self.step, self.epoch, results)
+        if self.step % (5 * _LOG_EVERY) == 0:
+            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in named.items())
+            print(
+                f"step {self.step:6d}  {share:4.0%}  {self.step / max(self.seconds, 1e-9):5.1f} steps/s  {shown}",
+                flush=True,
+            )
+
+    def _measure(self) -> None:
+        """Score the dev sets."""
+        ready = [name for name in self.settings.variants if name != "taste" or self.codebooks_started]
+        dev = {name: measure(self.joint, features, ready) for name, features in self.dev_sets.items()}
+        passes = self.epoch + self.place / max(1, len(self.batches))
+        self.history.append({"step": self.step, "epoch": passes, "dev": dev})
+        self.record.add("step", self.step, self.epoch, {"dev": dev})
+        for name, scores in dev.items():
+            print(f"-- {name} after {self.step} steps, {passes:.1f} passes", flush=True)
+            for system, found in scores.items():
+                print(f"   {system:22s} loss {found['loss']:.4f}  top-1 {found['top1']:.4f}  top-5 {found['top5']:.4f}")
+        if dev and ready:
+            self._draw(next(iter(dev)), ready)
+
+    def _draw(self, dev_name: str, variants: Sequence[str]) -> None:
+        """Losses over passes of one dev set, and what was reached."""
+        histories = {
+            variant: [
+                {"epoch": entry["epoch"], "test": entry["dev"][dev_name][variant]}
+                for entry in self.history
+                if variant in entry["dev"].get(dev_name, {})
+            ]
+            for variant in variants
+        }
+        latest = self.history[-1]["dev"][dev_name]
+        bars = [
+            (variant, latest[variant]["top5"], latest.get(f"{variant} shuffled", {}).get("top5"))
+            for variant in variants
+        ]
+        plot_comparison(self.settings.out / "loss_curve.png", histories, bars)
+
+    def _save(self) -> None:
+        """Write state, language model and parts."""
+        out = self.settings.out
+        save_checkpoint(self.state_path, self.epoch, self._parts(), self._deciding())
+        save_file(out / "llm.pt", {name: value.detach().cpu() for name, value in self.joint.llm.state_dict().items()})
+        ready = {name: model for name, model in self.joint.models.items() if name != "taste" or self.codebooks_started}
+        write_parts(out / PARTS_FILE, ready)
+        print(f"saved {out}/llm.pt and {PARTS_FILE} after {self.step} steps", flush=True)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.joint, "optimizer": self.optimizer, "progress": self}
+
+    def _deciding(self) -> dict[str, Any]:
+        values = self.settings.to_dict()
+        return {name: values[name] for name in _DECIDES_TRAINING}
+
+
+def parameter_groups(joint: JointModel, settings: Settings) -> list[dict[str, Any]]:
+    """What learns, by how it learns: the language model has its own rate; biases, norms and embeddings do not decay.
+
+    Args:
+        joint: the model.
+        settings: with LLM_LR, PARTS_LR and WEIGHT_DECAY.
+
+    Returns:
+        groups as an optimizer takes them, each with its `peak_lr`.
+    """
+    of_llm = {id(parameter) for parameter in joint.llm.parameters()}
+    embeddings = {id(part.weight) for part in joint.modules() if isinstance(part, nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in joint.parameters():  # each once, however many variants share it
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings
+            groups.setdefault((id(parameter) in of_llm, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "peak_lr": settings.llm_lr if pretrained else settings.parts_lr,
+        }
+        for (pretrained, decays), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
