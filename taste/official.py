@@ -1,6 +1,5 @@
 """Opens what the authors of TASTE released, and computes what their code computes (the preset `official`)."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from taste.model import CosyVoiceS3Model
 from taste.official_names import rename
 from taste.official_preset import WHISPER_DEFAULT_HEADS, build_model, build_whisper, look_up
 from taste.text import TextTokens
-from taste.whisper_encoder import SAMPLES_PER_FRAME, SHARD_INDEX_FILE, WEIGHT_FILE, encoder_weight_files
+from taste.transformers_folder import read_model_config, weight_files
+from taste.whisper_encoder import SAMPLES_PER_FRAME
 from taste.words import word_spans
 
 # B batch   T text tokens   W words   N samples, 16 kHz   A Whisper frames, 50 Hz   Q codes a word   D channels
 
-CONFIG_FILE = "config.json"
-MODEL_TYPE = "taste"
+MODEL_NAME = "TASTE"
 DEFAULT_MID_LAYER = 6  # where the file names none
 SHOWN_NAMES = 5  # weights a message lists before it only counts
 
@@ -163,7 +162,7 @@ def load_taste_checkpoint(folder: str | os.PathLike[str], sampler: Sampler = ras
         ValueError: it is no TASTE folder, asks for what is not implemented, or its weights are not those expected.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_model_config(folder, MODEL_NAME, _fetch(folder))
     weights = _read_weights(folder)
     taste = build_official({name: list(value.shape) for name, value in weights.items()}, config, sampler)
     _check_fit(taste, weights, folder)
@@ -193,27 +192,13 @@ def build_official(
     return OfficialTaste(whisper, model, mid_layer)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no TASTE folder: there is no {path}; {_fetch(folder)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_fetch(folder)}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if kind != MODEL_TYPE:
-        raise ValueError(f"{path} describes {kind!r}, expected a {MODEL_TYPE!r} model; {_fetch(folder)}")
-    return config
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """The tokenizer's weights by our names, float32."""
     from safetensors import SafetensorError, safe_open
 
     weights: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for path in _weight_files(folder):
+    for path in weight_files(folder, _fetch(folder)):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 renamed = rename(list(file.keys()))
@@ -225,12 +210,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         shown = ", ".join(unknown[:SHOWN_NAMES]) + (", ..." if len(unknown) > SHOWN_NAMES else "")
         raise ValueError(f"{folder} has {len(unknown)} weights that no TASTE model has: {shown}; {_fetch(folder)}")
     return {name: _as_kept_here(name, value) for name, value in weights.items()}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not any((folder / name).is_file() for name in (WEIGHT_FILE, SHARD_INDEX_FILE)):
-        raise FileNotFoundError(f"{folder} has neither {WEIGHT_FILE} nor {SHARD_INDEX_FILE}; {_fetch(folder)}")
-    return encoder_weight_files(folder)
 
 
 def _check_fit(taste: OfficialTaste, weights: Mapping[str, Tensor], folder: Path) -> None:

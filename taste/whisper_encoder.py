@@ -1,7 +1,6 @@
 """Whisper's encoder: one middle layer and the last one, for a batch of recordings."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taste.provenance import DIGEST_DIGITS, digest
+from taste.transformers_folder import read_model_config, weight_files
 
 if TYPE_CHECKING:
     from transformers import WhisperConfig
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_FRAME = 320
 FRAMES_PER_SECOND = SAMPLE_RATE_HZ // SAMPLES_PER_FRAME
-WEIGHT_FILE = "model.safetensors"
-SHARD_INDEX_FILE = "model.safetensors.index.json"
 KEY_PREFIXES = ("model.encoder.", "encoder.")  # of a whole Whisper with its output layer, and without
 SHOWN_KEYS = 5
 
@@ -124,33 +122,12 @@ def encoder_weight_files(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         FileNotFoundError: the folder has no safetensors weights, or a shard is missing.
     """
-    folder = Path(folder)
-    whole, index = folder / WEIGHT_FILE, folder / SHARD_INDEX_FILE
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {WEIGHT_FILE} nor {SHARD_INDEX_FILE}; {_fetch(folder)}")
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}, which {SHARD_INDEX_FILE} names; {_fetch(folder)}"
-        )
-    return [folder / name for name in shards]
+    return weight_files(Path(folder), _fetch(Path(folder)))
 
 
 def _read_config(folder: Path) -> "WhisperConfig":
     # transformers would take a folder that is not there for the name of a model to download
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no Whisper folder: there is no {path}; {_fetch(folder)}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_fetch(folder)}") from error
-    if not isinstance(content, dict) or content.get("model_type") != "whisper":
-        found = content.get("model_type") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} describes {found!r}, expected a Whisper model; {_fetch(folder)}")
+    content = read_model_config(folder, "Whisper", _fetch(folder))
     from transformers import WhisperConfig
 
     return WhisperConfig.from_dict(content)

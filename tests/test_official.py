@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -180,7 +181,7 @@ def test_a_missing_folder_or_another_kind_of_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no TASTE folder: there is no .*config.json; get MediaTek"):
         load_taste_checkpoint(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
-    with pytest.raises(ValueError, match="describes 'whisper', expected a 'taste' model"):
+    with pytest.raises(ValueError, match="describes 'whisper', expected a TASTE model"):
         load_taste_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -190,6 +191,15 @@ def test_a_missing_folder_or_another_kind_of_model_is_named(tmp_path):
 def test_a_folder_without_weights_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*; get MediaTek"):
+        load_taste_checkpoint(tmp_path)
+
+
+def test_a_shard_that_is_missing_is_named_with_where_to_get_it(released, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    shards = {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    shutil.copy(released / WEIGHTS, tmp_path / "model-2.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"lacks model-1\.safetensors, which .*; get MediaTek"):
         load_taste_checkpoint(tmp_path)
 
 
