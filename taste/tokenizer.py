@@ -118,9 +118,9 @@ class TasteTokenizer:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the checkpoint is of another variant, or does not fit the folders.
+            ValueError: as for `taste.trained_reader.TrainedReader`.
         """
-        reader = TrainedReader.open(checkpoint_path, model_dir, whisper_dir, mid_layer, device)
+        reader = TrainedReader(checkpoint_path, model_dir, whisper_dir, mid_layer, device)
         return cls(reader, model_dir, device=device)
 
     @classmethod

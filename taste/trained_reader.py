@@ -11,7 +11,6 @@ from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
 from taste.batch import Batch, Example, collate
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import load_checkpoint
-from taste.model import CosyVoiceS3Model
 from taste.text import TextTokens
 from taste.whisper_encoder import WhisperEncoder
 from taste.words import word_spans
@@ -20,62 +19,29 @@ from taste.words import word_spans
 
 
 class TrainedReader:
-    """A trained model, with the Whisper and the text embeddings that it was trained with.
+    """What a run of variant `taste` has trained, with the Whisper and the text embeddings that it was trained with.
 
     Args:
-        model: of variant `taste`; it is moved to the device.
+        checkpoint_path: its best.pt.
         model_dir: the model folder it was trained on.
         whisper_dir: Whisper in transformers' format; None: `<model_dir>/whisper`.
-        mid_layer: the Whisper block that was tapped for the training features.
-        made_with: what stage 1 noted about the models of these features; None: that cannot be checked.
+        mid_layer: the Whisper block that was tapped for its features.
         device: where to compute.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the training features came from another Whisper.
+        ValueError: the checkpoint is of another variant, does not fit the folders, or was trained on features of
+            another Whisper.
     """
 
     def __init__(
         self,
-        model: CosyVoiceS3Model,
-        model_dir: str | Path,
-        whisper_dir: str | Path | None = None,
-        mid_layer: int = 6,
-        made_with: dict[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        folder = ModelDir(model_dir)
-        self.model = model.to(device)
-        self._text_embedding = text_embedding_table(folder)
-        self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, device)
-        self._device = device
-        _check_features(made_with, self._whisper, mid_layer)
-
-    @classmethod
-    def open(
-        cls,
         checkpoint_path: str | Path,
         model_dir: str | Path,
-        whisper_dir: str | Path | None = None,
-        mid_layer: int = 6,
-        device: torch.device | str = "cpu",
-    ) -> "TrainedReader":
-        """Open what a run of variant `taste` has trained.
-
-        Args:
-            checkpoint_path: its best.pt.
-            model_dir: the model folder it was trained on.
-            whisper_dir: Whisper in transformers' format; None: `<model_dir>/whisper`.
-            mid_layer: the Whisper block that was tapped for its features.
-            device: where to compute.
-
-        Returns:
-            the reader.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the checkpoint is of another variant, or does not fit the folders.
-        """
+        whisper_dir: str | Path | None,
+        mid_layer: int,
+        device: torch.device | str,
+    ) -> None:
         checkpoint = load_checkpoint(Path(checkpoint_path))
         settings = checkpoint.notes["settings"]
         if settings["variant"] != "taste":
@@ -83,6 +49,9 @@ class TrainedReader:
                 f"{checkpoint_path} is of variant {settings['variant']!r}, which has no codes; expected a run with "
                 "--variant taste"
             )
+        folder = ModelDir(model_dir)
+        self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, device)
+        _check_features(checkpoint.notes["features_made_with"], self._whisper, mid_layer)
         model = build_model(
             model_dir,
             "taste",
@@ -94,8 +63,9 @@ class TrainedReader:
             whisper_dir=whisper_dir,
         )
         model.load_learned_state(checkpoint.weights)
-        made_with = checkpoint.notes["features_made_with"]
-        return cls(model, model_dir, whisper_dir, mid_layer, made_with, device)
+        self.model = model.to(device)
+        self._text_embedding = text_embedding_table(folder)
+        self._device = device
 
     def batch(
         self,
