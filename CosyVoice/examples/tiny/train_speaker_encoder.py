@@ -38,6 +38,7 @@ from cosyvoice.utils.audio import speaker_fbank  # noqa: E402
 from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
+from taste.checkpoint import write_json  # noqa: E402
 from taste.manifest import read_manifest  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 
@@ -109,8 +110,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         metrics[split] = measure(net, classifier, held_out, speakers)
     if settings.real_manifest:
         metrics["real"] = measure(net, classifier, read_real(Path(settings.real_manifest)), speakers)
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     done.touch()
     print(json.dumps(metrics, indent=2))
     return True

@@ -41,8 +41,8 @@ from word_times import Span, bare, pronounce, token_spans  # noqa: E402
 
 from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
+from taste.checkpoint import write_json  # noqa: E402
 from taste.provenance import digest, file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 from taste.text import tokenize  # noqa: E402
@@ -148,8 +148,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     measured = Corpus(*(part[: settings.measured_utterances] for part in corpora["dev"]))
     metrics = {"text_tokens": len(vocabulary), "text_embedding": settings.text_embedding}
     metrics |= measure(folder, teacher.eval(), measured)
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     (folder / ".done").touch()
     print(json.dumps(metrics, indent=2))
     return True
