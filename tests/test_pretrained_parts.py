@@ -98,6 +98,18 @@ def test_a_quantizer_is_taken_only_beside_an_aggregator_that_began_in_the_same_f
     assert take_parts(model, folder, ["quantizer"], note | {"weights": "0"}).parts == ()
 
 
+def test_of_simple_all_parts_are_taken_or_none(folder):
+    state = torch.load(folder / PARTS_FILE, weights_only=True)
+    del state["simple.input_proj.bias"]
+    torch.save(state, folder / PARTS_FILE)
+    model = build_model(folder, "simple", **OPTIONS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    taken = take_parts(model, folder)
+    assert taken.parts == () and taken.left["input_proj"] == "taste.pt has no input_proj.bias"
+    assert taken.left["aggregator"] == "it goes with another input_proj"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_weights_too_large_for_half_precision_are_refused(tmp_path):
     model = small_model("simple")
     torch.nn.init.constant_(model.input_proj.bias, 1e6)

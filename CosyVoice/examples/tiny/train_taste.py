@@ -46,7 +46,7 @@ from taste.atomic import atomic_path  # noqa: E402
 from taste.batch import Batch  # noqa: E402
 from taste.build import TasteSizes, build_together  # noqa: E402
 from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly  # noqa: E402
-from taste.fitted_start import fit_new_parts  # noqa: E402
+from taste.fitted_start import SPEECH_GAIN, fit_new_parts  # noqa: E402
 from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
@@ -207,6 +207,7 @@ def read_llm(settings: Settings) -> TransformerLM:
     return llm.float()
 
 
+@torch.no_grad()
 def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> None:
     """Refuse text embeddings of another language model: they never learn here, so they would never fit."""
     for dataset in datasets:
@@ -230,14 +231,7 @@ def fit(joint: JointModel, dataset: Any, audio_gain: float) -> None:
         branch = joint.models["taste_novq"].audio_branch.audio_token_encoder_affine_layer
         with torch.no_grad():
             for weight in branch.parameters():
-                weight.mul_(audio_gain / model_gain())
-
-
-def model_gain() -> float:
-    """The gain that `fit_new_parts` gives the audio branch."""
-    from taste.fitted_start import SPEECH_GAIN
-
-    return SPEECH_GAIN
+                weight.mul_(audio_gain / SPEECH_GAIN)
 
 
 class JointTraining:
@@ -269,7 +263,9 @@ class JointTraining:
         self.history: list[dict[str, Any]] = []
         self.record = StepRecord(settings.out / "metrics.jsonl")
         self.batches: list[list[int]] = []  # of the epoch in work
-        self.sums: Tensor | None = None  # losses since the last line of the record
+        self.learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.unlogged: list[Tensor] = []  # losses of the variants, commitment and norm of each step since the last line
+        self.trained: list[str] = []  # the variants that these losses are of
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, but for weights and optimizer."""
@@ -341,22 +337,22 @@ class JointTraining:
     def _one_step(self, share: float) -> None:
         settings, joint = self.settings, self.joint
         variants = self._variants(share)
+        if variants != self.trained:
+            self.trained, self.unlogged = variants, []
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, self.step)).generate_state(1, np.uint64)[0]))
-        joint.train()
+        if not joint.training:
+            joint.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, group["peak_lr"])
         batch = self.features.batch(self._next_rows())
         with torch.autocast(self.features.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             found = joint(batch, variants, self._hidden_units(batch))
         (found.losses.mean() + found.commitment).backward()
-        norm = nn.utils.clip_grad_norm_(joint.parameters(), settings.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        # a variant that is not trained yet stands last, and counts as not a number
-        row = torch.cat([found.losses.detach(), found.commitment.detach().view(1), norm.detach().view(1)])
-        self.sums = row if self.sums is None or len(self.sums) != len(row) else self.sums + row
-        self.summed = 1 if self.sums is row else self.summed + 1
+        self.unlogged.append(torch.cat([found.losses, found.commitment.view(1), norm.view(1)]).detach())
 
     def _variants(self, share: float) -> list[str]:
         """Those that learn by now; starts the codebooks when their time has come."""
@@ -373,13 +369,13 @@ class JointTraining:
         return [*variants, "taste"]
 
     def _next_rows(self) -> list[int]:
-        if not self.batches or self.place >= len(self.batches):
-            if self.batches:
-                self.epoch, self.place = self.epoch + 1, 0
-            self.batches = self.features.batches(self.settings.batch_units, self.settings.seed, self.epoch)
-            if self.place >= len(self.batches):  # a state that was saved at an epoch's end
-                self.epoch, self.place = self.epoch + 1, 0
+        """The utterances of the next batch; epoch and place tell which one that is, also after a restart."""
+        for _ in range(2):  # a state may have been saved at an epoch's end
+            if not self.batches:
                 self.batches = self.features.batches(self.settings.batch_units, self.settings.seed, self.epoch)
+            if self.place < len(self.batches):
+                break
+            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
         self.place += 1
         return self.batches[self.place - 1]
 
@@ -392,15 +388,15 @@ class JointTraining:
         return rows & (torch.rand(batch.units.shape, device=batch.units.device) < settings.hide_units)
 
     def _log(self, share: float) -> None:
-        values = (self.sums / self.summed).tolist()
-        self.sums = None
+        values = torch.stack(self.unlogged).mean(dim=0).tolist()
+        self.unlogged = []
         *losses, commitment, norm = values
         if not np.isfinite(values).all():
             raise ValueError(
                 f"step {self.step}: losses {losses}, norm of the gradient {norm}; state.pt is from before; remove it "
                 "and lower LLM_LR or PARTS_LR"
             )
-        named = dict(zip(self._variants(share), losses, strict=True))
+        named = dict(zip(self.trained, losses, strict=True))
         lr = self.optimizer.param_groups[0]["lr"]
         results = {"losses": named, "commitment": commitment, "gradient_norm": norm, "lr": lr, "seconds": self.seconds}
         self.record.add("step", self.step, self.epoch, results)

@@ -1,0 +1,211 @@
+"""The joint training of CosyVoice-tiny's language model and the parts that hear a recording."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
+sys.path.insert(0, str(TINY))
+
+import train_taste  # noqa: E402
+from joint_taste import JointModel  # noqa: E402
+from packed_features import PackedFeatures  # noqa: E402
+
+from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
+from cosyvoice.utils.model_dir import load_part  # noqa: E402
+from taste.batch import collate  # noqa: E402
+from taste.build import TasteSizes, build_model, build_together  # noqa: E402
+from taste.data import FeaturePaths, open_dataset  # noqa: E402
+from taste.model import VARIANTS  # noqa: E402
+from taste.pretrained_parts import take_parts  # noqa: E402
+from taste.settings import parse_settings  # noqa: E402
+from tests.small_model_folder import write_small_model_folder  # noqa: E402
+from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, write_features  # noqa: E402
+
+CPU = torch.device("cpu")
+LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]
+QUICK = {"steps": 6, "batch_units": 120, "check_every": 3, "device": "cpu", "quantizer_from": 0.3, "llm_lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, golden_dir) -> Path:
+    return write_small_model_folder(tmp_path_factory.mktemp("model"), golden_dir)
+
+
+@pytest.fixture(scope="module")
+def examples(model_dir):
+    """Utterances whose text embeddings are the language model's."""
+    table = load_part(model_dir, "llm").text_embedding.weight.detach()
+    return [example._replace(text=table[example.text_tokens]) for example in random_examples(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory, examples) -> Path:
+    """Two sets to learn from, and one to measure."""
+    folder = tmp_path_factory.mktemp("features")
+    for name, part in {"one": examples[:7], "two": examples[7:], "dev": examples[:4]}.items():
+        write_features(folder, name, part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(model_dir, features, tmp_path_factory):
+    """Runs the script in a folder of its own, with sizes as small as the model's."""
+    train_taste._TASTE_SIZES = TASTE_SIZES
+
+    def run(name: str | Path, stop_after: int | None = None, **options) -> Path | None:
+        out = tmp_path_factory.getbasetemp() / "joint" / str(name)
+        values = {"model_dir": model_dir, "train": f"{features}/one,{features}/two", "dev": f"own={features}/dev"}
+        words = values | {"out": out} | QUICK | options
+        argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        if stop_after is None:
+            assert train_taste.main(argv) == 0
+            return out
+        asked = iter(range(stop_after))
+        settings = parse_settings(train_taste.__file__, vars(train_taste), argv)
+        assert not train_taste.run(settings, lambda: next(asked, None) is None)
+        return out
+
+    yield run
+    train_taste._TASTE_SIZES = TasteSizes(
+        **{name: getattr(train_taste.model_code, name.upper()) for name in vars(TASTE_SIZES)}
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(start) -> Path:
+    return start("whole")
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    files = [torch.load(out / name, weights_only=True) for name in ("llm.pt", "taste.pt")]
+    return {name: value for state in files for name, value in state.items()}
+
+
+def test_the_loss_falls(start):
+    history = [
+        json.loads(line)["dev"]["own"]
+        for line in (start("longer", steps=30, check_every=10) / "metrics.jsonl").read_text().splitlines()
+        if "dev" in line
+    ]
+    for variant in VARIANTS[:3]:
+        losses = [entry[variant]["loss"] for entry in history]
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.2, variant
+    assert {"taste", "taste shuffled", "taste_novq shuffled", "text_only wrong text"} <= history[-1].keys()
+
+
+def test_every_variant_starts_from_what_was_written(trained, model_dir, tmp_path, examples):
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    for name in ("llm.pt", "taste.pt"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(trained / name)
+    measured = json.loads((trained / "metrics.json").read_text())["dev"]["own"]
+    for variant in VARIANTS:
+        options = {"speech_width": SPEECH_WIDTH, "freeze_llm": False, "use_speaker": True, "taste_sizes": TASTE_SIZES}
+        model = build_model(tmp_path, variant, **options).eval()
+        taken = take_parts(model, tmp_path)
+        assert variant == "text_only" or not taken.left
+        with torch.no_grad():
+            scores = model(collate(examples[:4]))
+        loss = float(scores.loss_sums.sum() / scores.target_counts.sum())
+        assert loss == pytest.approx(measured[variant]["loss"], abs=2e-3), variant
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(trained, start):
+    for stop_after in (1, 4):  # before the codebooks' start, and after it
+        stopped = start(f"stopped-{stop_after}", stop_after=stop_after)
+        went_on = weights(start(stopped.name))
+        assert went_on.keys() == weights(trained).keys()
+        for name, value in weights(trained).items():
+            assert torch.equal(value, went_on[name]), name
+    lines = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [3, 6]
+
+
+def test_other_settings_do_not_go_on(trained, start, capsys):
+    with pytest.raises(AssertionError):
+        start("whole", hide_units=0.5)
+    assert "other settings (hide_units)" in capsys.readouterr().err
+
+
+def test_text_embeddings_of_another_model_are_refused(start, features, examples, capsys):
+    write_features(features, "other", [example._replace(text=example.text + 0.1) for example in examples])
+    with pytest.raises(AssertionError):
+        start("other", train=f"{features}/other")
+    assert "is not this language model's" in capsys.readouterr().err
+
+
+# --- packed features
+
+
+@pytest.fixture(scope="module")
+def packed(features):
+    sets = [open_dataset(paths(features, name), SIZES) for name in ("one", "two")]
+    return PackedFeatures(sets, CPU), [dataset[index] for dataset in sets for index in range(len(dataset))]
+
+
+def paths(folder: Path, name: str) -> FeaturePaths:
+    units, *others = (folder / f"{name}_{kind}.pt" for kind in ("utt2s3", "text_emb", "whisper_feats", "utt2info"))
+    return FeaturePaths(units, *others)
+
+
+def test_a_packed_batch_is_a_collated_one(packed):
+    together, examples = packed
+    for chosen in ([3], [0, 9, 4], list(range(12))):
+        ours, theirs = together.batch(chosen), collate([examples[number] for number in chosen])
+        for name, value in vars(theirs).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(getattr(ours, name), value, rtol=0, atol=0)
+    assert together.batch([0, 3]).units.eq(IGNORE_ID).any()
+
+
+def test_a_batch_can_hear_and_read_what_is_not_its_own(packed):
+    together, examples = packed
+    mixed = together.batch([0, 1], recordings=[5, 6], texts=[7, 8])
+    for field, source in (("units", 0), ("speech_final", 5), ("speech_mid", 5), ("text", 7), ("word_ids", 7)):
+        row = getattr(mixed, field)[0]
+        value = getattr(examples[source], field)
+        torch.testing.assert_close(row[: len(value)], value, rtol=0, atol=0)
+    assert mixed.speech_lengths.tolist() == [len(examples[number].speech_mid) for number in (5, 6)]
+    assert mixed.text_lengths.tolist() == [len(examples[number].text) for number in (7, 8)]
+
+
+def test_every_utterance_is_in_one_batch_of_an_epoch_and_no_batch_is_too_large(packed):
+    together, _ = packed
+    for batches in (together.batches(60, 1, 0), together.batches(60, 1, 1), together.batches_by_length(60)):
+        assert sorted(number for batch in batches for number in batch) == list(range(12))
+        assert all(len(batch) * together.positions[batch].max() <= 60 or len(batch) == 1 for batch in batches)
+    assert together.batches(60, 1, 0) == together.batches(60, 1, 0) != together.batches(60, 1, 1)
+
+
+# --- the joint model
+
+
+def test_variants_side_by_side_cost_what_each_costs_alone(model_dir, packed):
+    together, _ = packed
+    torch.manual_seed(0)
+    names = ("text_only", "simple", "taste_novq")
+    models = build_together(load_part(model_dir, "llm"), names, speech_width=SPEECH_WIDTH, taste_sizes=TASTE_SIZES)
+    joint, batch = JointModel(models).eval(), together.batch([0, 9, 4])
+    found = joint(batch, names).losses
+    for loss, name in zip(found, names, strict=True):
+        scores = models[name](batch)
+        torch.testing.assert_close(loss, scores.loss_sums.sum() / scores.target_counts.sum())
+    hidden = torch.ones_like(batch.units, dtype=torch.bool)
+    assert not torch.allclose(joint(batch, names, hidden).losses, found)
+
+
+def test_everything_learns_but_the_text_embedding(model_dir, packed):
+    together, _ = packed
+    models = build_together(
+        load_part(model_dir, "llm"), VARIANTS[:3], speech_width=SPEECH_WIDTH, taste_sizes=TASTE_SIZES
+    )
+    joint = JointModel(models).train()
+    assert joint.llm.text_encoder.training and joint.llm.llm.training
+    joint(together.batch([0, 9, 4]), VARIANTS[:3]).losses.mean().backward()
+    without = {name for name, parameter in joint.named_parameters() if parameter.grad is None}
+    assert without == {"models.text_only.llm.text_embedding.weight"}
