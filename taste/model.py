@@ -138,6 +138,7 @@ class CosyVoiceS3Model(nn.Module):
         self.idle_parts = self._parts_that_rest(freeze_llm=False)  # names of submodules that have no work
         self.frozen_parts = self._parts_that_rest(freeze_llm)  # those that do not learn, idle or not
         self.carried_names: frozenset[str] = frozenset()  # frozen weights that are not those of the model folder
+        self.trained_parts: tuple[str, ...] = ()  # submodules beside the language model that the folder's training made
         for name in self.frozen_parts:
             self.get_submodule(name).requires_grad_(False)
         if lora_rank:
@@ -329,6 +330,17 @@ class CosyVoiceS3Model(nn.Module):
         for name in self.frozen_parts:
             self.get_submodule(name).eval()
         return self
+
+    def begins_trained(self, name: str) -> bool:
+        """Whether a weight was trained for this language model before the run.
+
+        Args:
+            name: of a weight of this model.
+
+        Returns:
+            True for what the model folder holds, `trained_parts` included; False for adapters and new parts.
+        """
+        return is_pretrained(name) or lies_in(name, self.trained_parts)
 
     def learned_state(self) -> dict[str, Tensor]:
         """The weights that are not in the model folder, by name: those that training changes or changed before.

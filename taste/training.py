@@ -17,7 +17,7 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
-from taste.model import CosyVoiceS3Model, is_pretrained
+from taste.model import CosyVoiceS3Model
 from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
 
@@ -333,7 +333,7 @@ def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[di
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and id(parameter) not in embeddings
-            groups.setdefault((is_pretrained(name), decays), []).append(parameter)
+            groups.setdefault((model.begins_trained(name), decays), []).append(parameter)
     if not groups:
         raise ValueError(
             f"a frozen {model.variant!r} model has nothing to learn: set FREEZE_LLM = False, choose another VARIANT, "

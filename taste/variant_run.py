@@ -281,6 +281,8 @@ def train(
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:
         origin = {name: checkpoint.notes.get(name) for name in ORIGIN}
+    if origin["pretrained"]:
+        model.trained_parts = tuple(origin["pretrained"]["parts"])
     notes = {
         "settings": settings.to_dict(),
         "commit": code_commit(taste.REPOSITORY),

@@ -6,6 +6,7 @@ import torch
 
 import model_code
 from taste.build import build_model
+from taste.checkpoint import load_checkpoint
 from taste.model import VARIANTS
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
 from tests.small_model_folder import write_small_model_folder
@@ -147,12 +148,16 @@ def test_a_run_starts_from_the_folders_parts_says_so_and_goes_on_with_that_choic
     assert "pretrained parts from taste.pt: aggregator, audio_branch, fusion, quantizer" in capsys.readouterr().out
     metrics = run.metrics("taste")
     assert metrics["fitted"] is None and metrics["pretrained"]["parts"] == list(TASTE_PARTS)
+    groups = load_checkpoint(tmp_path / "exp" / "taste" / "checkpoints" / "last.pt").optimizer["param_groups"]
+    assert {group["peak_lr"] for group in groups} == {model_code.LR}  # what was trained is to be changed with care
     assert run(variant="taste", num_epochs=2, pretrained_parts=False) == 1
     assert "PRETRAINED_PARTS was True, is False" in capsys.readouterr().err
     assert run(variant="taste", num_epochs=2) == 0
     assert run.metrics("taste")["pretrained"] == metrics["pretrained"]
     assert run(variant="taste", run_name="fitted", pretrained_parts=False) == 0
     assert run.metrics("fitted")["pretrained"] is None and run.metrics("fitted")["fitted"]
+    groups = load_checkpoint(tmp_path / "exp" / "fitted" / "checkpoints" / "last.pt").optimizer["param_groups"]
+    assert {group["peak_lr"] for group in groups} == {model_code.LR, model_code.NEW_PARTS_LR}
 
 
 def test_what_does_not_fit_is_fitted(tmp_path, folder, capsys):
