@@ -111,7 +111,7 @@ def model_parts(settings: Settings) -> list[ModelPart]:
         },
         home=ModelScopeHub.name,
         required=("cosyvoice.yaml", "llm.pt", "flow.pt", "hift.pt", "campplus.onnx", "speech_tokenizer_v1.onnx"),
-        optional=("spk2info.pt", "configuration.json", "README.md", "LICENSE"),
+        optional=("spk2info.pt", "taste.pt", "configuration.json", "README.md", "LICENSE"),
     )
     whisper = ModelPart(
         name="Whisper",

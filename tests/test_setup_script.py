@@ -140,14 +140,15 @@ def test_verify_only_lists_every_problem_once(tmp_path, no_network, capsys):
     place_all(folder)
     (folder / "llm.pt").write_bytes((folder / "llm.pt").read_bytes()[:-10])
     (folder / "hift.pt").unlink()
+    (folder / "taste.pt").write_bytes((folder / "flow.pt").read_bytes()[:-10])
     (folder / "whisper" / "config.json").write_bytes(b"")
 
     assert setup_cosyvoice.main(["--verify-only", "--model-dir", str(folder)]) == 1
     out = capsys.readouterr().out
     failed = [line.split(":")[0] for line in out.splitlines() if line.startswith("FAILED")]
-    assert failed == ["FAILED  llm.pt", "FAILED  hift.pt", "FAILED  whisper/config.json"]
-    assert out.count(f"next: python setup_cosyvoice.py --model-dir {folder}") == 3
-    assert "3 of " in out
+    assert failed == ["FAILED  llm.pt", "FAILED  hift.pt", "FAILED  taste.pt", "FAILED  whisper/config.json"]
+    assert out.count(f"next: python setup_cosyvoice.py --model-dir {folder}") == 4
+    assert "4 of " in out
 
 
 def test_a_folder_with_another_model_is_told_apart_from_a_missing_network(tmp_path):
