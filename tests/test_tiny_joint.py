@@ -12,22 +12,24 @@ sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
 from joint_taste import JointModel  # noqa: E402
+from listening_lesson import teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
 from cosyvoice.utils.model_dir import load_part  # noqa: E402
-from taste.batch import collate  # noqa: E402
+from taste.batch import Example, collate  # noqa: E402
 from taste.build import TasteSizes, build_model, build_together  # noqa: E402
 from taste.data import FeaturePaths, open_dataset  # noqa: E402
 from taste.model import VARIANTS  # noqa: E402
 from taste.pretrained_parts import take_parts  # noqa: E402
 from taste.settings import parse_settings  # noqa: E402
 from tests.small_model_folder import write_small_model_folder  # noqa: E402
-from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, write_features  # noqa: E402
+from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, small_model, write_features  # noqa: E402
 
 CPU = torch.device("cpu")
 LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]
 QUICK = {"steps": 6, "batch_units": 120, "check_every": 3, "device": "cpu", "quantizer_from": 0.3, "llm_lr": 3e-3}
+QUICK |= {"lesson_steps": 5}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,47 @@ def test_text_embeddings_of_another_model_are_refused(start, features, examples,
     with pytest.raises(AssertionError):
         start("other", train=f"{features}/other")
     assert "is not this language model's" in capsys.readouterr().err
+
+
+# --- the lesson
+
+FRAMES = 4  # of a short token; a long one has twice as many
+
+
+def spoken(count: int) -> list[Example]:
+    """Utterances of one-token words, long or short; last states name the token, middle ones how far it has come."""
+    generator = torch.Generator().manual_seed(3)
+    vocabulary = torch.randn(12, SIZES.text_width, generator=generator)
+    examples = []
+    for example in random_examples([(6, 48)] * count, seed=3):
+        tokens = torch.randperm(12, generator=generator)[:6]
+        frames = FRAMES * (1 + torch.randint(0, 2, (6,), generator=generator))
+        final = vocabulary[tokens, :SPEECH_WIDTH].repeat_interleave(frames, dim=0)
+        mid = torch.zeros(len(final), SPEECH_WIDTH)
+        mid[:, 0] = torch.cat([torch.arange(number) for number in frames]).float()
+        noise = 0.05 * torch.randn(2, *final.shape, generator=generator)
+        examples.append(
+            example._replace(
+                text=vocabulary[tokens],
+                text_tokens=tokens,
+                word_ids=torch.arange(6),
+                speech_final=final + noise[0],
+                speech_mid=mid + noise[1],
+            )
+        )
+    return examples
+
+
+@pytest.mark.parametrize("variant", ["simple", "taste_novq"])
+def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
+    model, examples = small_model(variant), spoken(40)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    untaught = teach(model, examples, CPU, 1, 1e-9, 0)
+    told = teach(model, examples, CPU, 120, 5e-3, 0)
+    assert untaught.length < 0.1 and told.length > untaught.length + 0.4
+    for name, value in model.state_dict().items():
+        assert name.startswith("aggregator.") or torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # --- packed features

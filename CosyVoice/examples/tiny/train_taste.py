@@ -34,6 +34,7 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
+from listening_lesson import teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
@@ -46,7 +47,8 @@ from taste.atomic import atomic_path  # noqa: E402
 from taste.batch import Batch  # noqa: E402
 from taste.build import TasteSizes, build_together  # noqa: E402
 from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly  # noqa: E402
-from taste.fitted_start import SPEECH_GAIN, fit_new_parts  # noqa: E402
+from taste.fitted_start import fit_new_parts  # noqa: E402
+from taste.fitted_taste import quiet_branch  # noqa: E402
 from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
@@ -71,7 +73,9 @@ GRAD_CLIP = 1.0  # largest norm of the gradient
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden from the language model
 HIDE_UNITS = 0.2  # share of the units that are hidden in these: what comes next must then be heard from elsewhere
 QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
-AUDIO_GAIN = 1.0  # size of the audio branch's outputs at first, of the encoded text's
+AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
+LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
+LESSON_UTTERANCES = 1_500  # that are aligned for it
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
@@ -80,6 +84,7 @@ THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
 _LOG_EVERY = 20  # steps; a GPU is waited for no more often
+_LEVELLED = 100  # utterances that the audio branch's size is measured with
 _CODEBOOK_UTTERANCES = 1_500  # from whose words the codebooks start
 _SCHEDULE = 10_000  # parts that the schedule is cut into
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
@@ -87,7 +92,7 @@ _ADAM_BETAS = (0.9, 0.98)
 _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "steps", "minutes", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
-    *("hide_rows", "hide_units", "quantizer_from", "audio_gain", "dtype", "seed"),
+    *("hide_rows", "hide_units", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "dtype", "seed"),
 )
 
 
@@ -127,9 +132,9 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     )
     state_path = settings.out / "state.pt"
     if not state_path.is_file():
-        fit(joint, ConcatDataset(train_sets), settings.audio_gain)
+        fit(joint, ConcatDataset(train_sets), settings, device)
     started = time.perf_counter()
-    joint.to(device)
+    joint.to(device).eval()
     training = JointTraining(
         settings,
         joint,
@@ -220,18 +225,24 @@ def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> Non
             )
 
 
-def fit(joint: JointModel, dataset: Any, audio_gain: float) -> None:
-    """Let the new parts begin with something to hear: see taste/fitted_start.py."""
-    for variant, parts in {"simple": {"aggregator"}, "taste_novq": {"aggregator", "audio_branch"}}.items():
-        if variant in joint.models:
-            started = time.perf_counter()
-            notes = fit_new_parts(joint.models[variant], dataset, parts)
-            print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
-    if "taste_novq" in joint.models:
-        branch = joint.models["taste_novq"].audio_branch.audio_token_encoder_affine_layer
-        with torch.no_grad():
-            for weight in branch.parameters():
-                weight.mul_(audio_gain / SPEECH_GAIN)
+def fit(joint: JointModel, dataset: Any, settings: Settings, device: torch.device) -> None:
+    """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
+    chosen = [dataset[index] for index in spread_evenly(len(dataset), settings.lesson_utterances)]
+    for variant in ("simple", "taste_novq"):
+        if variant not in joint.models:
+            continue
+        started = time.perf_counter()
+        model = joint.models[variant]
+        notes: dict[str, Any] = fit_new_parts(model, dataset, {"aggregator"})
+        if settings.lesson_steps:
+            lesson = (chosen, device, settings.lesson_steps, settings.parts_lr, settings.seed)
+            notes |= teach(model.to(device), *lesson)._asdict()
+            model.cpu()
+        if variant == "simple":
+            model.speech_norm.weight.data.fill_(settings.audio_gain)
+        else:
+            quiet_branch(model, chosen[:_LEVELLED], settings.audio_gain)
+        print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
 
 
 class JointTraining:

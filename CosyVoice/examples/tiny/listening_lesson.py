@@ -1,0 +1,128 @@
+"""Teaches an aggregator to tell how long each word lasts and what its parts sound like, before anyone listens to it.
+
+A language model that is told nothing yet by what it gets of a recording has no reason to look at it, and an aggregator
+that nobody looks at has no reason to tell more. So it begins with a lesson: from the vector of a word, a linear map
+that is thrown away afterwards must find the word's length and the middle states of Whisper in each quarter of it, where
+an alignment has found the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from packed_features import PackedFeatures, PackedRows
+from resumable import learning_rate
+from torch import Tensor, nn
+
+from taste.alignment import align
+from taste.batch import Example
+from taste.lengths import valid_mask
+from taste.linear_fits import widest_directions
+from taste.model import CosyVoiceS3Model
+from taste.words import word_spans
+
+# T text tokens   A Whisper frames, 50 Hz   D channels of the speech   C of each part   Y numbers to tell of a token
+
+_PARTS = 4  # of a word, of equal lengths
+_CHANNELS = 24  # widest directions of the middle states
+_UNSEEN_SHARE = 0.1  # of the utterances, to measure with
+_POSITIONS = 5_000  # of the language model in a batch, as `PackedFeatures` counts
+_GRAD_CLIP = 1.0
+
+
+class Told(NamedTuple):
+    """Share of the variance, over unseen utterances, that the linear map finds in the vectors."""
+
+    length: float  # of the logarithm of a word's number of frames
+    parts: float  # of the middle states in its parts
+
+
+def teach(
+    model: CosyVoiceS3Model, examples: Sequence[Example], device: torch.device, steps: int, peak_lr: float, seed: int
+) -> Told:
+    """Teach the aggregator of a variant.
+
+    Args:
+        model: of `simple`, whose tokens are taught as words are elsewhere, `taste_novq` or `taste`; on the device.
+            Only its aggregator changes.
+        examples: of the training set, at least ten.
+        device: where to compute.
+        steps: of AdamW.
+        peak_lr: its highest learning rate.
+        seed: of the order.
+
+    Returns:
+        how much it tells of utterances that it did not learn from.
+    """
+    wanted, spread = _targets(examples, by_word=model.variant != "simple")
+    unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
+    parts = []
+    for first, last in ((unseen, len(examples)), (0, unseen)):
+        parts.append((PackedFeatures([examples[first:last]], device), PackedRows(wanted[first:last], 0.0, device)))
+    (features, targets), measured = parts
+    torch.manual_seed(seed)
+    reader = nn.Linear(_width(model), wanted[0].shape[1]).to(device)
+    learning = [*model.aggregator.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
+    model.train()
+    batches: list[list[int]] = []
+    for step in range(steps):
+        batches = batches or features.batches(_POSITIONS, seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_lr)
+        of_length, of_parts = _errors(model, reader, features, targets, batches.pop())
+        (of_length + of_parts).backward()
+        nn.utils.clip_grad_norm_(learning, _GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    with torch.inference_mode():
+        everyone = list(range(unseen))
+        errors = [float(error) for error in _errors(model, reader, *measured, everyone)]
+    model.zero_grad(set_to_none=True)
+    assert spread > 0, "all words are alike"
+    return Told(*(1 - error for error in errors))
+
+
+def _errors(
+    model: CosyVoiceS3Model, reader: nn.Linear, features: PackedFeatures, targets: PackedRows, chosen: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of length and parts, whose variances are 1."""
+    batch = features.batch(chosen)
+    wanted, lengths = targets.batch(chosen, torch.tensor(chosen, device=batch.text.device))
+    valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
+    squares = (reader(model.aggregate(batch)) - wanted).square() * valid
+    each = squares.sum(dim=(0, 1)) / valid.sum()
+    return each[0], each[1:].mean()
+
+
+def _targets(examples: Sequence[Example], by_word: bool) -> tuple[list[Tensor], float]:
+    """What to tell of each token, [T, Y] of zero mean and unit variance: its word's length, and its word's parts."""
+    spans = align([example.text for example in examples], [example.speech_final for example in examples]).spans
+    axes = widest_directions(torch.cat([example.speech_mid for example in examples]), _CHANNELS).axes.float()
+    rows = []
+    for example, span in zip(examples, spans, strict=True):
+        words = word_spans(example.word_ids) if by_word else [(token, token + 1) for token in range(len(example.text))]
+        mid = example.speech_mid @ axes
+        told = []
+        for first, last in words:
+            start, end = int(span[first, 0]), int(span[last - 1, 1])
+            pieces = [mid[place[0] : place[1]].mean(dim=0) for place in _parts(start, end)]
+            told += [torch.cat([torch.tensor([float(end - start)]).log(), *pieces])] * (last - first)
+        rows.append(torch.stack(told))
+    everything = torch.cat(rows)
+    mean, spread = everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-6)
+    return [(row - mean) / spread for row in rows], float(spread[0])
+
+
+def _parts(start: int, end: int) -> list[tuple[int, int]]:
+    """Stretches of frames, none of them empty; in a short word they overlap."""
+    bounds = [start + (end - start) * part / _PARTS for part in range(_PARTS + 1)]
+    firsts = [min(int(bound), end - 1) for bound in bounds[:-1]]
+    return [(first, max(first + 1, round(bound))) for first, bound in zip(firsts, bounds[1:], strict=True)]
+
+
+def _width(model: CosyVoiceS3Model) -> int:
+    return model.aggregator.text_width if model.variant == "simple" else model.aggregator.speech_width
