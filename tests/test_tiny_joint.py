@@ -12,7 +12,7 @@ sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
 from joint_taste import JointModel  # noqa: E402
-from listening_lesson import teach  # noqa: E402
+from listening_lesson import find_tokens, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
@@ -174,8 +174,9 @@ def spoken(count: int) -> list[Example]:
 def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
     model, examples = small_model(variant), spoken(40)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    untaught = teach(model, examples, CPU, 1, 1e-9, 0)
-    told = teach(model, examples, CPU, 120, 5e-3, 0)
+    spans = find_tokens(examples)
+    untaught = teach(model, examples, spans, device=CPU, steps=1, peak_lr=1e-9, seed=0)
+    told = teach(model, examples, spans, device=CPU, steps=120, peak_lr=5e-3, seed=0)
     assert untaught.length < 0.1 and told.length > untaught.length + 0.4
     for name, value in model.state_dict().items():
         assert name.startswith("aggregator.") or torch.equal(value, before[name]), name

@@ -39,8 +39,27 @@ class Told(NamedTuple):
     parts: float  # of the middle states in its parts
 
 
+def find_tokens(examples: Sequence[Example]) -> list[Tensor]:
+    """Find where the tokens of some utterances are spoken.
+
+    Args:
+        examples: with Whisper features.
+
+    Returns:
+        of each utterance, first frame of each token and the one behind its last, [T, 2], int64.
+    """
+    return align([example.text for example in examples], [example.speech_final for example in examples]).spans
+
+
 def teach(
-    model: CosyVoiceS3Model, examples: Sequence[Example], device: torch.device, steps: int, peak_lr: float, seed: int
+    model: CosyVoiceS3Model,
+    examples: Sequence[Example],
+    spans: Sequence[Tensor],
+    *,
+    device: torch.device,
+    steps: int,
+    peak_lr: float,
+    seed: int,
 ) -> Told:
     """Teach the aggregator of a variant.
 
@@ -48,6 +67,7 @@ def teach(
         model: of `simple`, whose tokens are taught as words are elsewhere, `taste_novq` or `taste`; on the device.
             Only its aggregator changes.
         examples: of the training set, at least ten.
+        spans: what `find_tokens` gave.
         device: where to compute.
         steps: of AdamW.
         peak_lr: its highest learning rate.
@@ -56,7 +76,7 @@ def teach(
     Returns:
         how much it tells of utterances that it did not learn from.
     """
-    wanted, spread = _targets(examples, by_word=model.variant != "simple")
+    wanted = _targets(examples, spans, by_word=model.variant != "simple")
     unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
     parts = []
     for first, last in ((unseen, len(examples)), (0, unseen)):
@@ -82,7 +102,6 @@ def teach(
         everyone = list(range(unseen))
         errors = [float(error) for error in _errors(model, reader, *measured, everyone)]
     model.zero_grad(set_to_none=True)
-    assert spread > 0, "all words are alike"
     return Told(*(1 - error for error in errors))
 
 
@@ -98,9 +117,8 @@ def _errors(
     return each[0], each[1:].mean()
 
 
-def _targets(examples: Sequence[Example], by_word: bool) -> tuple[list[Tensor], float]:
+def _targets(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> list[Tensor]:
     """What to tell of each token, [T, Y] of zero mean and unit variance: its word's length, and its word's parts."""
-    spans = align([example.text for example in examples], [example.speech_final for example in examples]).spans
     axes = widest_directions(torch.cat([example.speech_mid for example in examples]), _CHANNELS).axes.float()
     rows = []
     for example, span in zip(examples, spans, strict=True):
@@ -114,7 +132,7 @@ def _targets(examples: Sequence[Example], by_word: bool) -> tuple[list[Tensor], 
         rows.append(torch.stack(told))
     everything = torch.cat(rows)
     mean, spread = everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-6)
-    return [(row - mean) / spread for row in rows], float(spread[0])
+    return [(row - mean) / spread for row in rows]
 
 
 def _parts(start: int, end: int) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import teach  # noqa: E402
+from listening_lesson import find_tokens, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
@@ -75,7 +75,7 @@ HIDE_UNITS = 0.2  # share of the units that are hidden in these: what comes next
 QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
-LESSON_UTTERANCES = 1_500  # that are aligned for it
+LESSON_UTTERANCES = 1_000  # that are aligned for it
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
@@ -228,6 +228,7 @@ def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> Non
 def fit(joint: JointModel, dataset: Any, settings: Settings, device: torch.device) -> None:
     """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
     chosen = [dataset[index] for index in spread_evenly(len(dataset), settings.lesson_utterances)]
+    spans = find_tokens(chosen) if settings.lesson_steps else []
     for variant in ("simple", "taste_novq"):
         if variant not in joint.models:
             continue
@@ -235,8 +236,8 @@ def fit(joint: JointModel, dataset: Any, settings: Settings, device: torch.devic
         model = joint.models[variant]
         notes: dict[str, Any] = fit_new_parts(model, dataset, {"aggregator"})
         if settings.lesson_steps:
-            lesson = (chosen, device, settings.lesson_steps, settings.parts_lr, settings.seed)
-            notes |= teach(model.to(device), *lesson)._asdict()
+            how = {"device": device, "steps": settings.lesson_steps, "peak_lr": settings.parts_lr}
+            notes |= teach(model.to(device), chosen, spans, **how, seed=settings.seed)._asdict()
             model.cpu()
         if variant == "simple":
             model.speech_norm.weight.data.fill_(settings.audio_gain)
