@@ -185,17 +185,34 @@ class CosyVoiceS3Model(nn.Module):
     ) -> Tensor:
         """The scores of every code at every target, behind what `read` gave.
 
+        Args:
+            prefix: as for `states_after`.
+            units: likewise.
+            unit_lengths: likewise.
+            hidden_units: likewise.
+
+        Returns:
+            logits [B, S+1, V+1], as `predict` gives them.
+        """
+        return self.llm.llm_decoder(self.states_after(prefix, units, unit_lengths, hidden_units))
+
+    def states_after(
+        self, prefix: Prefix, units: Tensor, unit_lengths: Tensor, hidden_units: Tensor | None = None
+    ) -> Tensor:
+        """What the language model makes of a prefix and units, before it names the next unit.
+
         Rows are joined without a gap by one gather: row by row takes longer than the language model itself, and every
         look at a length would let a GPU wait.
 
         Args:
-            prefix: what stands before the units.
+            prefix: what stands before the units, as `read` gives it.
             units: [B, S], int64; anything behind a row's end.
             unit_lengths: [B], int64.
             hidden_units: [B, S], bool, True where the language model reads zeros in a unit's place; None: nowhere.
 
         Returns:
-            logits [B, S+1, V+1], as `predict` gives them.
+            the last states [B, S+1, D_out]: place k predicts unit k, place n of a row of n units EOS; places behind
+            that mean nothing.
         """
         (width, dim), before = prefix.vectors.shape[1:], prefix.lengths[:, None]
         spoken = self.llm.speech_embedding(units.clamp(min=0))
@@ -206,10 +223,10 @@ class CosyVoiceS3Model(nn.Module):
         source = torch.where(place < before, place, place - before + width).clamp(max=parts.shape[1] - 1)
         joined = parts.gather(1, source[:, :, None].expand(-1, -1, dim))
         lengths = prefix.lengths + unit_lengths
-        hidden, _ = self.llm.llm(joined.masked_fill((place >= lengths[:, None])[:, :, None], 0.0), lengths)
-        targets = torch.arange(units.shape[1] + 1, device=hidden.device)
-        positions = (before - 1 + targets).clamp(max=hidden.shape[1] - 1)  # [B, S+1]; [task] is first
-        return self.llm.llm_decoder(hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1])))
+        states, _ = self.llm.llm(joined.masked_fill((place >= lengths[:, None])[:, :, None], 0.0), lengths)
+        targets = torch.arange(units.shape[1] + 1, device=states.device)
+        positions = (before - 1 + targets).clamp(max=states.shape[1] - 1)  # [B, S+1]; [task] is first
+        return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))
 
     def targets(self, batch: Batch) -> Tensor:
         """What `predict` should have said.

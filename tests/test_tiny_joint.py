@@ -12,7 +12,7 @@ sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
 from joint_taste import JointModel  # noqa: E402
-from listening_lesson import find_tokens, teach  # noqa: E402
+from listening_lesson import find_tokens, remaining, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
@@ -226,7 +226,18 @@ def test_every_utterance_is_in_one_batch_of_an_epoch_and_no_batch_is_too_large(p
     assert together.batches(60, 1, 0) == together.batches(60, 1, 0) != together.batches(60, 1, 1)
 
 
+def test_what_remains_of_a_word_is_counted_to_its_end():
+    (example,) = random_examples([(3, 8)])  # words: tokens 0 and 1, token 2
+    left = remaining(example, torch.tensor([[1, 3], [3, 5], [6, 9]])).exp()  # the last frame has no unit
+    assert left.nan_to_num(-1).round().tolist() == [-1, 4, 3, 2, 1, -1, 2, 1]
+    assert remaining(example, None).isnan().all()
+
+
 # --- the joint model
+
+
+def states_of(model, batch):
+    return model.states_after(model.prefix(batch), batch.units, batch.unit_lengths)
 
 
 def test_variants_side_by_side_cost_what_each_costs_alone(model_dir, packed):
@@ -239,6 +250,12 @@ def test_variants_side_by_side_cost_what_each_costs_alone(model_dir, packed):
     for loss, name in zip(found, names, strict=True):
         scores = models[name](batch)
         torch.testing.assert_close(loss, scores.loss_sums.sum() / scores.target_counts.sum())
+    assert joint(batch, names).remaining == 0
+    left = torch.full(batch.units.shape, torch.nan)
+    left[1, 2] = 3.0
+    error = joint(batch, names, None, left).remaining
+    reading = torch.stack([joint.reader(states_of(models[name], batch)[1, 2])[0] for name in names[1:]])
+    torch.testing.assert_close(error, (reading - 3.0).square().mean())
     hidden = torch.ones_like(batch.units, dtype=torch.bool)
     assert not torch.allclose(joint(batch, names, hidden).losses, found)
 
@@ -252,4 +269,4 @@ def test_everything_learns_but_the_text_embedding(model_dir, packed):
     assert joint.llm.text_encoder.training and joint.llm.llm.training
     joint(together.batch([0, 9, 4]), VARIANTS[:3]).losses.mean().backward()
     without = {name for name, parameter in joint.named_parameters() if parameter.grad is None}
-    assert without == {"models.text_only.llm.text_embedding.weight"}
+    assert without == {"models.text_only.llm.text_embedding.weight", "reader.weight", "reader.bias"}

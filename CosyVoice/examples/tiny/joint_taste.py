@@ -28,10 +28,15 @@ class JointLosses(NamedTuple):
 
     losses: Tensor  # [V], cross-entropy in nats, mean over the targets
     commitment: Tensor  # scalar, the quantizer's, mean over the words; 0 without one
+    remaining: Tensor  # scalar, squared error of what remains of a word, mean over units of known words; 0 unasked
 
 
 class JointModel(nn.Module):
     """Variants that share a language model, and what else the same module is in more than one of them.
+
+    Beside them stands a linear reader that is thrown away after the training: from the language model's last state
+    before a unit it must tell how much of the word remains. With a recording that can be known, and to tell it, the
+    language model has to look at what it is told of the recording; the next unit alone hardly ever asks for it.
 
     Args:
         models: by variant, at least one.
@@ -40,6 +45,7 @@ class JointModel(nn.Module):
     def __init__(self, models: Mapping[str, CosyVoiceS3Model]) -> None:
         super().__init__()
         self.models = nn.ModuleDict(models)
+        self.reader = nn.Linear(self.llm.llm_decoder.in_features, 1)
 
     @property
     def llm(self) -> TransformerLM:
@@ -59,30 +65,47 @@ class JointModel(nn.Module):
         self.llm.train(mode)  # a variant in which a part has no work has left it in eval mode
         return self
 
-    def forward(self, batch: Batch, variants: Sequence[str], hidden_units: Tensor | None = None) -> JointLosses:
+    def forward(
+        self,
+        batch: Batch,
+        variants: Sequence[str],
+        hidden_units: Tensor | None = None,
+        remaining: Tensor | None = None,
+    ) -> JointLosses:
         """What the true units of a batch cost each variant; the language model reads all of them side by side.
 
         Args:
             batch: the utterances.
             variants: names of those that read it.
-            hidden_units: [B, S], bool, see `CosyVoiceS3Model.predict_after`; the same for all variants.
+            hidden_units: [B, S], bool, see `CosyVoiceS3Model.states_after`; the same for all variants.
+            remaining: of each unit, the logarithm of the units from it to its word's end, [B, S]; not a number where
+                nobody knows. None: the reader is not asked. Of `text_only` it never is.
 
         Returns:
             the losses, in the order of `variants`.
         """
         models = [self.models[variant] for variant in variants]
         readings = [model.read(batch) for model in models]
-        prefix = _side_by_side([reading.prefix for reading in readings])
-        count = len(models)
+        prefix, count = _side_by_side([reading.prefix for reading in readings]), len(models)
         hidden = None if hidden_units is None else hidden_units.repeat(count, 1)
-        logits = models[0].predict_after(prefix, batch.units.repeat(count, 1), batch.unit_lengths.repeat(count), hidden)
-        targets = models[0].targets(batch).repeat(count, 1)
-        each = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_ID, reduction="none"
-        )
-        targets_a_variant = (batch.unit_lengths + 1).sum()
+        units, lengths = batch.units.repeat(count, 1), batch.unit_lengths.repeat(count)
+        states = models[0].states_after(prefix, units, lengths, hidden)
+        logits = self.llm.llm_decoder(states).flatten(0, 1).float()
+        targets = models[0].targets(batch).repeat(count, 1).flatten()
+        each = F.cross_entropy(logits, targets, ignore_index=IGNORE_ID, reduction="none").view(count, -1)
         commitment = sum(reading.commitment_sums.sum() / reading.word_counts.sum().clamp(min=1) for reading in readings)
-        return JointLosses(each.view(count, -1).sum(dim=1) / targets_a_variant, commitment)
+        hearing = [number for number, model in enumerate(models) if model.aggregator is not None]
+        error = each.new_zeros(())
+        if remaining is not None and hearing:
+            error = self._error(states.unflatten(0, (count, -1))[hearing], remaining)
+        return JointLosses(each.sum(dim=1) / (batch.unit_lengths + 1).sum(), commitment, error)
+
+    def _error(self, states: Tensor, remaining: Tensor) -> Tensor:
+        """How wrong the reader is, from states [V, B, S+1, D], about [B, S]."""
+        known = ~remaining.isnan()
+        told = self.reader(states[:, :, :-1])[..., 0].float()
+        squares = (told - remaining.nan_to_num()).square() * known
+        return squares.sum() / (known.sum() * len(states)).clamp(min=1)
 
 
 def start_codebooks(joint: JointModel, examples: Sequence[Example]) -> list[float]:

@@ -51,6 +51,23 @@ def find_tokens(examples: Sequence[Example]) -> list[Tensor]:
     return align([example.text for example in examples], [example.speech_final for example in examples]).spans
 
 
+def remaining(example: Example, spans: Tensor | None) -> Tensor:
+    """How much of its word remains when a unit begins.
+
+    Args:
+        example: the utterance.
+        spans: of its tokens, as `find_tokens` gives them; None where nobody looked.
+
+    Returns:
+        of each unit, the logarithm of the units from it to its word's end, [S]; not a number outside of words.
+    """
+    left = torch.full((len(example.units),), torch.nan)
+    for first, last in [] if spans is None else word_spans(example.word_ids):
+        start, end = int(spans[first, 0]), min(int(spans[last - 1, 1]), len(left))
+        left[start:end] = torch.arange(end - start, 0, -1).float().log()
+    return left
+
+
 def teach(
     model: CosyVoiceS3Model,
     examples: Sequence[Example],

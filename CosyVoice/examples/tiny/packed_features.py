@@ -91,9 +91,9 @@ class PackedFeatures:
         Returns:
             the batch, on the device.
         """
-        own = self._there(chosen)
-        heard, heard_there = (chosen, own) if recordings is None else (recordings, self._there(recordings))
-        read, read_there = (chosen, own) if texts is None else (texts, self._there(texts))
+        own = self.there(chosen)
+        heard, heard_there = (chosen, own) if recordings is None else (recordings, self.there(recordings))
+        read, read_there = (chosen, own) if texts is None else (texts, self.there(texts))
         text, text_lengths = self.text.batch(read, read_there)
         final, speech_lengths = self.final.batch(heard, heard_there)
         units, unit_lengths = self.units.batch(chosen, own)
@@ -122,14 +122,7 @@ class PackedFeatures:
         Returns:
             utterance numbers of each batch.
         """
-        random = np.random.default_rng((seed, epoch))
-        order = random.permutation(len(self))
-        pool_size = max(1, _POOL_BATCHES * most_positions // max(1, int(self.positions.mean())))
-        batches = []
-        for start in range(0, len(order), pool_size):
-            pool = order[start : start + pool_size]
-            batches += self._cut(pool[np.argsort(self.positions[pool], kind="stable")], most_positions)
-        return [batches[index] for index in random.permutation(len(batches))]
+        return cut_batches(self.positions, most_positions, seed, epoch)
 
     def batches_by_length(self, most_positions: int) -> list[list[int]]:
         """Every utterance once, sorted by length: for evaluation.
@@ -140,17 +133,49 @@ class PackedFeatures:
         Returns:
             utterance numbers of each batch.
         """
-        return self._cut(np.argsort(self.positions, kind="stable"), most_positions)
+        return cut_batches(self.positions, most_positions)
 
-    def _cut(self, sorted_numbers: np.ndarray, most_positions: int) -> list[list[int]]:
-        batches: list[list[int]] = [[]]
-        for number in sorted_numbers.tolist():
-            if batches[-1] and (len(batches[-1]) + 1) * self.positions[number] > most_positions:
-                batches.append([])
-            batches[-1].append(number)
-        return batches
+    def there(self, numbers: Sequence[int]) -> Tensor:
+        """Utterance numbers on the device; a GPU is not waited for.
 
-    def _there(self, numbers: Sequence[int]) -> Tensor:
-        """The numbers on the device; a GPU is not waited for."""
+        Args:
+            numbers: here.
+
+        Returns:
+            the same there, int64.
+        """
         here = torch.tensor(numbers)
         return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
+
+
+def cut_batches(positions: np.ndarray, most_positions: int, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
+    """Every utterance once, in batches of similar lengths; a pure function of its arguments.
+
+    Args:
+        positions: of each utterance, in the language model, [U].
+        most_positions: in a batch, padding included; a longer utterance is one alone.
+        seed: another one gives another order; None: sorted by length.
+        epoch: likewise.
+
+    Returns:
+        utterance numbers of each batch.
+    """
+    if seed is None:
+        return _cut(np.argsort(positions, kind="stable"), positions, most_positions)
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(positions))
+    pool_size = max(1, _POOL_BATCHES * most_positions // max(1, int(positions.mean())))
+    batches = []
+    for start in range(0, len(order), pool_size):
+        pool = order[start : start + pool_size]
+        batches += _cut(pool[np.argsort(positions[pool], kind="stable")], positions, most_positions)
+    return [batches[index] for index in random.permutation(len(batches))]
+
+
+def _cut(sorted_numbers: np.ndarray, positions: np.ndarray, most_positions: int) -> list[list[int]]:
+    batches: list[list[int]] = [[]]
+    for number in sorted_numbers.tolist():
+        if batches[-1] and (len(batches[-1]) + 1) * positions[number] > most_positions:
+            batches.append([])
+        batches[-1].append(number)
+    return batches

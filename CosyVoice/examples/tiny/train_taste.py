@@ -34,8 +34,8 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, teach  # noqa: E402
-from packed_features import PackedFeatures  # noqa: E402
+from listening_lesson import find_tokens, remaining, teach  # noqa: E402
+from packed_features import PackedFeatures, PackedRows  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
 import model_code  # noqa: E402
@@ -66,7 +66,7 @@ VARIANTS = ("text_only", "simple", "taste_novq", "taste")  # what is trained
 STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
 MINUTES = None  # float: train by the clock instead, evaluations included; the schedule follows it
 BATCH_UNITS = 10_000  # positions of the language model in a batch, padding included
-LLM_LR = 1e-3  # peak learning rate of the language model
+LLM_LR = 5e-4  # peak learning rate of the language model
 PARTS_LR = 2e-3  # the same of the parts beside it
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -75,7 +75,8 @@ HIDE_UNITS = 0.2  # share of the units that are hidden in these: what comes next
 QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
-LESSON_UTTERANCES = 1_000  # that are aligned for it
+LESSON_UTTERANCES = 1_500  # that are aligned, for it and for the next setting
+REMAINING_WEIGHT = 0.2  # of telling, in the training, how much of a word remains; 0: not asked for
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
@@ -92,7 +93,17 @@ _ADAM_BETAS = (0.9, 0.98)
 _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "steps", "minutes", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
-    *("hide_rows", "hide_units", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "dtype", "seed"),
+    *(
+        "hide_rows",
+        "hide_units",
+        "quantizer_from",
+        "audio_gain",
+        "lesson_steps",
+        "lesson_utterances",
+        "remaining_weight",
+        "dtype",
+        "seed",
+    ),
 )
 
 
@@ -130,9 +141,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     joint = JointModel(
         build_together(llm, settings.variants, speech_width=train_sets[0].speech_width, taste_sizes=_TASTE_SIZES)
     )
+    everything = ConcatDataset(train_sets)
+    spans = find_some_tokens(everything, settings)
     state_path = settings.out / "state.pt"
     if not state_path.is_file():
-        fit(joint, ConcatDataset(train_sets), settings, device)
+        fit(joint, everything, spans, settings, device)
     started = time.perf_counter()
     joint.to(device).eval()
     training = JointTraining(
@@ -140,7 +153,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         joint,
         PackedFeatures(train_sets, device),
         {name: PackedFeatures([dev_set], device) for name, dev_set in dev_sets.items()},
-        ConcatDataset(train_sets),
+        everything,
+        spans,
     )
     print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
     training.go_on(state_path)
@@ -225,10 +239,20 @@ def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> Non
             )
 
 
-def fit(joint: JointModel, dataset: Any, settings: Settings, device: torch.device) -> None:
+def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
+    """Align some utterances of the training sets; gives the spans of their tokens by the utterance's number."""
+    if not settings.lesson_steps and not settings.remaining_weight:
+        return {}
+    started = time.perf_counter()
+    chosen = spread_evenly(len(dataset), settings.lesson_utterances)
+    spans = dict(zip(chosen, find_tokens([dataset[index] for index in chosen]), strict=True))
+    print(f"aligned {len(chosen)} utterances in {time.perf_counter() - started:.0f} s", flush=True)
+    return spans
+
+
+def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: Settings, device: torch.device) -> None:
     """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
-    chosen = [dataset[index] for index in spread_evenly(len(dataset), settings.lesson_utterances)]
-    spans = find_tokens(chosen) if settings.lesson_steps else []
+    chosen = [dataset[index] for index in spans or spread_evenly(len(dataset), _LEVELLED)]
     for variant in ("simple", "taste_novq"):
         if variant not in joint.models:
             continue
@@ -237,7 +261,7 @@ def fit(joint: JointModel, dataset: Any, settings: Settings, device: torch.devic
         notes: dict[str, Any] = fit_new_parts(model, dataset, {"aggregator"})
         if settings.lesson_steps:
             how = {"device": device, "steps": settings.lesson_steps, "peak_lr": settings.parts_lr}
-            notes |= teach(model.to(device), chosen, spans, **how, seed=settings.seed)._asdict()
+            notes |= teach(model.to(device), chosen, list(spans.values()), **how, seed=settings.seed)._asdict()
             model.cpu()
         if variant == "simple":
             model.speech_norm.weight.data.fill_(settings.audio_gain)
@@ -255,6 +279,7 @@ class JointTraining:
         features: to learn from.
         dev_sets: to measure, by name.
         dataset: the same as `features`, for the codebooks' start on the CPU.
+        spans: of the tokens of some of its utterances, by number.
     """
 
     def __init__(
@@ -264,9 +289,14 @@ class JointTraining:
         features: PackedFeatures,
         dev_sets: Mapping[str, PackedFeatures],
         dataset: Any,
+        spans: Mapping[int, Tensor],
     ) -> None:
         self.settings, self.joint, self.features, self.dev_sets = settings, joint, features, dev_sets
         self.dataset = dataset
+        self.remaining: PackedRows | None = None
+        if settings.remaining_weight:
+            left = [remaining(dataset[number], spans.get(number)) for number in range(len(dataset))]
+            self.remaining = PackedRows(left, torch.nan, features.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
         )
@@ -356,15 +386,17 @@ class JointTraining:
             joint.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, group["peak_lr"])
-        batch = self.features.batch(self._next_rows())
+        chosen = self._next_rows()
+        batch = self.features.batch(chosen)
+        left = None if self.remaining is None else self.remaining.batch(chosen, self.features.there(chosen))[0]
         with torch.autocast(self.features.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            found = joint(batch, variants, self._hidden_units(batch))
-        (found.losses.mean() + found.commitment).backward()
+            found = joint(batch, variants, self._hidden_units(batch), left)
+        (found.losses.mean() + found.commitment + settings.remaining_weight * found.remaining).backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.unlogged.append(torch.cat([found.losses, found.commitment.view(1), norm.view(1)]).detach())
+        self.unlogged.append(torch.stack([*found.losses, found.commitment, found.remaining, norm]).detach())
 
     def _variants(self, share: float) -> list[str]:
         """Those that learn by now; starts the codebooks when their time has come."""
@@ -402,7 +434,7 @@ class JointTraining:
     def _log(self, share: float) -> None:
         values = torch.stack(self.unlogged).mean(dim=0).tolist()
         self.unlogged = []
-        *losses, commitment, norm = values
+        *losses, commitment, left, norm = values
         if not np.isfinite(values).all():
             raise ValueError(
                 f"step {self.step}: losses {losses}, norm of the gradient {norm}; state.pt is from before; remove it "
@@ -410,12 +442,20 @@ class JointTraining:
             )
         named = dict(zip(self.trained, losses, strict=True))
         lr = self.optimizer.param_groups[0]["lr"]
-        results = {"losses": named, "commitment": commitment, "gradient_norm": norm, "lr": lr, "seconds": self.seconds}
+        results = {
+            "losses": named,
+            "commitment": commitment,
+            "remaining": left,
+            "gradient_norm": norm,
+            "lr": lr,
+            "seconds": self.seconds,
+        }
         self.record.add("step", self.step, self.epoch, results)
         if self.step % (5 * _LOG_EVERY) == 0:
             shown = "  ".join(f"{name} {loss:.3f}" for name, loss in named.items())
             print(
-                f"step {self.step:6d}  {share:4.0%}  {self.step / max(self.seconds, 1e-9):5.1f} steps/s  {shown}",
+                f"step {self.step:6d}  {share:4.0%}  {self.step / max(self.seconds, 1e-9):5.1f} steps/s  {shown}  "
+                f"remaining {left:.3f}",
                 flush=True,
             )
 
