@@ -174,7 +174,7 @@ def spoken(count: int) -> list[Example]:
 def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
     model, examples = small_model(variant), spoken(40)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    spans = find_tokens(examples)
+    spans = list(find_tokens(examples, range(len(examples))).values())
     untaught = teach(model, examples, spans, device=CPU, steps=1, peak_lr=1e-9, seed=0)
     told = teach(model, examples, spans, device=CPU, steps=120, peak_lr=5e-3, seed=0)
     assert untaught.length < 0.1 and told.length > untaught.length + 0.4
@@ -224,6 +224,16 @@ def test_every_utterance_is_in_one_batch_of_an_epoch_and_no_batch_is_too_large(p
         assert sorted(number for batch in batches for number in batch) == list(range(12))
         assert all(len(batch) * together.positions[batch].max() <= 60 or len(batch) == 1 for batch in batches)
     assert together.batches(60, 1, 0) == together.batches(60, 1, 0) != together.batches(60, 1, 1)
+
+
+def test_tokens_are_found_alike_by_one_process_and_by_two():
+    examples = spoken(24)
+    alone = find_tokens(examples, range(0, 24, 2))
+    together = find_tokens(examples, range(0, 24, 2), workers=2)
+    assert list(alone) == list(range(0, 24, 2)) and alone.keys() == together.keys()
+    for number, span in alone.items():
+        assert torch.equal(span, together[number])
+        assert span.shape == (6, 2) and bool((span[1:, 0] >= span[:-1, 1]).all())
 
 
 def test_what_remains_of_a_word_is_counted_to_its_end():

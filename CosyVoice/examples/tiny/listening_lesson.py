@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from packed_features import PackedFeatures, PackedRows
 from resumable import learning_rate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from taste.alignment import align
 from taste.batch import Example
@@ -25,6 +27,7 @@ from taste.words import word_spans
 
 # T text tokens   A Whisper frames, 50 Hz   D channels of the speech   C of each part   Y numbers to tell of a token
 
+_GROUP = 500  # utterances that are aligned together
 _PARTS = 4  # of a word, of equal lengths
 _CHANNELS = 24  # widest directions of the middle states
 _UNSEEN_SHARE = 0.1  # of the utterances, to measure with
@@ -39,16 +42,44 @@ class Told(NamedTuple):
     parts: float  # of the middle states in its parts
 
 
-def find_tokens(examples: Sequence[Example]) -> list[Tensor]:
+class _Aligned(Dataset[list[np.ndarray]]):
+    """Groups of utterances, aligned when they are asked for."""
+
+    def __init__(self, dataset: Dataset[Example], groups: Sequence[Sequence[int]]) -> None:
+        self.dataset, self.groups = dataset, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, group: int) -> list[np.ndarray]:
+        examples = [self.dataset[number] for number in self.groups[group]]
+        found = align([example.text for example in examples], [example.speech_final for example in examples])
+        return [span.numpy() for span in found.spans]
+
+
+def find_tokens(dataset: Dataset[Example], chosen: Sequence[int], workers: int = 0) -> dict[int, Tensor]:
     """Find where the tokens of some utterances are spoken.
 
     Args:
-        examples: with Whisper features.
+        dataset: with Whisper features.
+        chosen: numbers of the utterances.
+        workers: processes that work side by side; 0: this one alone.
 
     Returns:
-        of each utterance, first frame of each token and the one behind its last, [T, 2], int64.
+        of each of them, first frame of each token and the one behind its last, [T, 2], int64.
     """
-    return align([example.text for example in examples], [example.speech_final for example in examples]).spans
+    count = max(1, round(len(chosen) / _GROUP))
+    groups = [chosen[first::count] for first in range(count)]  # each from all parts of the data
+    loader = DataLoader(_Aligned(dataset, groups), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    return {
+        number: torch.as_tensor(span)
+        for group, spans in zip(groups, loader, strict=True)
+        for number, span in zip(group, spans, strict=True)
+    }
+
+
+def _as_it_is(value: list[np.ndarray]) -> list[np.ndarray]:
+    return value  # a tensor would need a file handle to come from another process
 
 
 def remaining(example: Example, spans: Tensor | None) -> Tensor:

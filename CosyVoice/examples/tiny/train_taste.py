@@ -245,7 +245,7 @@ def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
         return {}
     started = time.perf_counter()
     chosen = spread_evenly(len(dataset), settings.lesson_utterances)
-    spans = dict(zip(chosen, find_tokens([dataset[index] for index in chosen]), strict=True))
+    spans = find_tokens(dataset, chosen, workers=settings.threads if settings.threads > 1 else 0)
     print(f"aligned {len(chosen)} utterances in {time.perf_counter() - started:.0f} s", flush=True)
     return spans
 
