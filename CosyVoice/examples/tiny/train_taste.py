@@ -252,6 +252,7 @@ def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
 
 def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: Settings, device: torch.device) -> None:
     """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
+    torch.set_num_threads(1)  # so small are the products that several threads would only wait for each other
     chosen = [dataset[index] for index in spans or spread_evenly(len(dataset), _LEVELLED)]
     for variant in ("simple", "taste_novq"):
         if variant not in joint.models:
@@ -268,6 +269,7 @@ def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: 
         else:
             quiet_branch(model, chosen[:_LEVELLED], settings.audio_gain)
         print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
+    torch.set_num_threads(settings.threads)
 
 
 class JointTraining:
