@@ -29,7 +29,7 @@ from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples
 CPU = torch.device("cpu")
 LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]
 QUICK = {"steps": 6, "batch_units": 120, "check_every": 3, "device": "cpu", "quantizer_from": 0.3, "llm_lr": 3e-3}
-QUICK |= {"lesson_steps": 5}
+QUICK |= {"lesson_steps": 5, "remaining_weight": 0.2}
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started 
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
 LESSON_UTTERANCES = 1_500  # that are aligned, for it and for the next setting
-REMAINING_WEIGHT = 0.2  # of telling, in the training, how much of a word remains; 0: not asked for
+REMAINING_WEIGHT = 0.0  # of telling, in the training, how much of a word remains; 0: not asked for
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
@@ -86,7 +86,7 @@ DEVICE = "auto"  # auto, cpu, cuda
 
 _LOG_EVERY = 20  # steps; a GPU is waited for no more often
 _LEVELLED = 100  # utterances that the audio branch's size is measured with
-_CODEBOOK_UTTERANCES = 1_500  # from whose words the codebooks start
+_CODEBOOK_UTTERANCES = 800  # from whose words the codebooks start
 _SCHEDULE = 10_000  # parts that the schedule is cut into
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
 _ADAM_BETAS = (0.9, 0.98)
@@ -408,7 +408,9 @@ class JointTraining:
         if not self.codebooks_started:
             started = time.perf_counter()
             chosen = spread_evenly(len(self.dataset), _CODEBOOK_UTTERANCES)
+            torch.set_num_threads(1)  # as for the fit
             usage = start_codebooks(self.joint, [self.dataset[index] for index in chosen])
+            torch.set_num_threads(self.settings.threads)
             self.codebooks_started = True
             shown = ", ".join(f"{part:.0%}" for part in usage)
             print(f"codebooks started in {time.perf_counter() - started:.0f} s; used: {shown}", flush=True)
