@@ -46,6 +46,7 @@ from cosyvoice.utils.train_utils import (  # noqa: E402
     config_keys,
     describe_order,
     load_model,
+    pipeline_key,
     read_train_conf,
     resolved_config,
 )
@@ -242,7 +243,7 @@ def open_data(
     """
     from cosyvoice.dataset.dataset import Dataset
 
-    key, _ = config_keys(settings.model)
+    key = pipeline_key(settings.config, settings.model)
     pipeline = load_config(settings.config, [key])[key]
     gan = settings.model == "hifigan"
     common = {"gan": gan, "seed": settings.seed, "cache": cache}

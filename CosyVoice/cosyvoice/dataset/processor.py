@@ -42,6 +42,7 @@ __all__ = [
     "compute_f0",
     "compute_fbank",
     "filter",
+    "frames_of_tokens",
     "padding",
     "parquet_opener",
     "parse_embedding",
@@ -166,6 +167,32 @@ def filter(  # the published name
             dropped["too much text for the sound"] += 1
         else:
             yield sample
+
+
+def frames_of_tokens(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:
+    """Stand in for filter, resample and compute_fbank where only the language model learns, which hears no sound.
+
+    Decoding and mels take most of the first epoch. What is left of them is their length, by which utterances are
+    sorted and batched; it follows from the number of speech tokens.
+
+    Args:
+        data: utterances with `text_token`.
+        sample_rate: of the sound that the mel would be made from, Hz.
+        hop_size: samples from one mel frame to the next.
+        mode: not used.
+
+    Yields:
+        the utterances without `audio_data`, with `speech_feat` [F, 0].
+
+    Raises:
+        DataError: speech tokens are missing or out of range.
+    """
+    frames_per_token = sample_rate / hop_size / S3_TOKENS_PER_SECOND
+    for sample in data:
+        _check_speech_tokens(sample, S3_CODES)
+        del sample["audio_data"]
+        sample["speech_feat"] = torch.empty(round(len(sample["speech_token"]) * frames_per_token), 0)
+        yield sample
 
 
 def resample(

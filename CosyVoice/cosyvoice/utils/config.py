@@ -61,6 +61,7 @@ FUNCTIONS = {
         "parquet_opener",
         "tokenize",
         "filter",
+        "frames_of_tokens",
         "resample",
         "truncate",
         "compute_fbank",
@@ -124,6 +125,23 @@ def read_config(path: str | Path, keys: Sequence[str] | None = None) -> dict[str
     if absent:
         raise ConfigError(f"{path} has no key {', '.join(map(repr, absent))}; it has {', '.join(document.nodes)}")
     return {key: document.value_of(key) for key in wanted}
+
+
+def has_key(path: str | Path, key: str) -> bool:
+    """Whether a configuration file has a top-level key; nothing is built.
+
+    Args:
+        path: a cosyvoice.yaml in HyperPyYAML syntax.
+        key: wanted.
+
+    Returns:
+        True where it is there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: the file is not plain YAML, or names anything outside the list.
+    """
+    return key in _Document(Path(path)).nodes
 
 
 def load_config(path: str | Path, keys: Sequence[str] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cosyvoice.utils.checkpoint import flat_settings
-from cosyvoice.utils.config import ConfigError, load_config, read_config
+from cosyvoice.utils.config import ConfigError, has_key, load_config, read_config
 from cosyvoice.utils.executor import Batch, TrainConfig, Turn
 from cosyvoice.utils.prefetch import prefetched
 from cosyvoice.utils.scheduler import build_scheduler
@@ -58,6 +58,24 @@ def config_keys(model: str) -> tuple[str, str]:
         raise ValueError(f"--model is {model!r}, wanted one of {', '.join(MODELS)}")
     suffix = "_gan" if model == "hifigan" else ""
     return f"data_pipeline{suffix}", f"train_conf{suffix}"
+
+
+def pipeline_key(path: str | Path, model: str) -> str:
+    """The top-level key of the data pipeline that a configuration has for a model.
+
+    Args:
+        path: a cosyvoice.yaml.
+        model: llm, flow or hifigan.
+
+    Returns:
+        the model's own, such as data_pipeline_llm, where there is one; else that which it shares, as published.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such configuration, or it cannot be read.
+    """
+    shared, _ = config_keys(model)
+    own = f"{shared}_{model}"
+    return own if has_key(path, own) else shared
 
 
 def read_train_conf(path: str | Path, model: str) -> dict[str, Any]:
@@ -212,7 +230,7 @@ def describe_order(path: str | Path, model: str, train_data: str | Path, seed: i
     Returns:
         flat settings.
     """
-    key, _ = config_keys(model)
+    key = pipeline_key(path, model)
     digest = hashlib.blake2b(Path(train_data).read_bytes(), digest_size=8).hexdigest()
     return {"seed": seed, "train_data": digest, "num_workers": num_workers, **flat_settings(read_config(path, [key]))}
 
