@@ -3,8 +3,10 @@
 In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
 `<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
 `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds), then
-`corpus.json` with the counts and, last, `.done`. A fourth split, `phrases`, has each word alone and two or three words
-cut out of train: from it the language model learns how a word sounds before it can find its place in a sentence.
+`corpus.json` with the counts and, last, `.done`. Three more splits: `phrases` has each word alone and two or three
+words cut out of train: from it the language model learns how a word sounds before it can find its place in a sentence.
+In `lively` and `lively_dev` each word has a rate of its own and pauses are put between words, which no text foretells:
+what TASTE is for.
 
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
@@ -23,7 +25,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from pathlib import Path
@@ -36,7 +38,15 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
-from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, synthesise  # noqa: E402
+from flite_speech import (  # noqa: E402
+    SAMPLE_RATE_HZ,
+    VOICES,
+    Reading,
+    find_flite,
+    pitch_on_grid,
+    read_lively,
+    synthesise,
+)
 from grammar import SentenceMaker, sentence_key, words_of  # noqa: E402
 
 from taste.atomic import atomic_path  # noqa: E402
@@ -54,7 +64,7 @@ SECONDS_PER_CHARACTER = {"kal16": 0.0491, "awb": 0.0558, "rms": 0.0628, "slt": 0
 EDGE_SECONDS = 0.16  # silence before and after the speech together
 PARALLEL = os.cpu_count() or 1  # flite processes at a time
 BATCH = 128  # utterances between two looks at Ctrl-C
-SPLITS = ("train", "phrases", "dev", "test")
+SPLITS = ("train", "phrases", "lively", "dev", "test", "lively_dev")
 READINGS_ALONE = 4  # of each word, in phrases
 PHRASES_A_SENTENCE = 0.6  # of 2 or 3 words, cut out of train's sentences
 PHRASE_WORDS = (2, 3)
@@ -109,18 +119,21 @@ def plan_speakers(seed: int) -> list[Speaker]:
     return speakers
 
 
-def plan_corpus(hours: float, dev: int, test: int, seed: int, forbidden: Sequence[str]) -> list[Planned]:
+def plan_corpus(
+    hours: float, lively_hours: float, dev: int, test: int, seed: int, forbidden: Sequence[str]
+) -> list[Planned]:
     """Decide what is said, by whom and how.
 
     Args:
         hours: speech in train, by an estimate that is a few per cent off.
-        dev: utterances in dev.
+        lively_hours: speech in lively, by the same estimate; 0: neither lively nor lively_dev.
+        dev: utterances in dev, and in lively_dev.
         test: utterances in test.
         seed: of everything drawn.
         forbidden: sentences that may not occur.
 
     Returns:
-        the utterances of train, phrases, dev and test; the speakers take turns, and no sentence comes twice.
+        the utterances of all splits; the speakers take turns, and no sentence comes twice.
     """
     speakers = plan_speakers(seed)
     unseen = SentenceMaker(f"{seed}-unseen", forbidden)
@@ -129,13 +142,23 @@ def plan_corpus(hours: float, dev: int, test: int, seed: int, forbidden: Sequenc
         for split, utterances in (("dev", dev), ("test", test))
         for planned in _read_in_turns(split, unseen.sentence, speakers, seed, utterances, float("inf"))
     ]
+    if lively_hours:
+        heard = _read_in_turns("lively_dev", unseen.sentence, speakers, seed, dev, float("inf"))
+        plan += _enliven(heard, f"{seed}-lively_dev-words")
     heldout = [planned.reading.text for planned in plan]
     train = SentenceMaker(f"{seed}-train", [*forbidden, *heldout])
     sentences = list(_read_in_turns("train", train.sentence, speakers, seed, None, hours * 3600))
     phrases = cut_phrases([planned.reading.text for planned in sentences], seed)
     next_phrase = iter(phrases).__next__
     short = _read_in_turns("phrases", next_phrase, speakers, seed, len(phrases), float("inf"))
-    return [*sentences, *short, *plan]
+    lively = _read_in_turns("lively", train.sentence, speakers, seed, None, lively_hours * 3600)
+    return [*sentences, *short, *_enliven(lively, f"{seed}-lively-words"), *plan]
+
+
+def _enliven(plan: Iterable[Planned], seed: str) -> list[Planned]:
+    """Give the words of each utterance rates of their own."""
+    draw = random.Random(seed)
+    return [planned._replace(reading=read_lively(planned.reading, draw)) for planned in plan]
 
 
 def cut_phrases(sentences: Sequence[str], seed: int) -> list[str]:
@@ -329,17 +352,18 @@ def main(argv: list[str] | None = None) -> int:
     default_dir = Path(__file__).resolve().parent / "work"
     parser.add_argument("--work-dir", "--work_dir", type=Path, default=default_dir, help="the corpus goes to corpus/")
     parser.add_argument("--hours", type=float, default=3.0, help="speech in train")
-    parser.add_argument("--dev", type=int, default=100, help="utterances in dev")
+    parser.add_argument("--lively-hours", "--lively_hours", type=float, default=1.0, help="speech in lively; 0: none")
+    parser.add_argument("--dev", type=int, default=100, help="utterances in dev, and in lively_dev")
     parser.add_argument("--test", type=int, default=200, help="utterances in test")
     parser.add_argument("--seed", type=int, default=7, help="of sentences, speakers and their order")
     args = parser.parse_args(argv)
-    if args.hours <= 0 or args.dev < 1 or args.test < 1:
-        parser.error("--hours, --dev and --test must be positive")
+    if args.hours <= 0 or args.lively_hours < 0 or args.dev < 1 or args.test < 1:
+        parser.error("--hours, --dev and --test must be positive, and --lively-hours not negative")
     corpus = args.work_dir / "corpus"
     try:
         flite = find_flite()
         demo = [item.text for split in ("train", "test") for item in read_manifest(REPOSITORY / f"json/{split}.jsonl")]
-        plan = plan_corpus(args.hours, args.dev, args.test, args.seed, demo)
+        plan = plan_corpus(args.hours, args.lively_hours, args.dev, args.test, args.seed, demo)
         assert not {sentence_key(text) for text in demo} & {sentence_key(item.reading.text) for item in plan}
         claim_folder(corpus, plan)
         made = make_recordings(corpus, plan, flite)

@@ -7,8 +7,9 @@ occurs in train). The corpus is committed; this script is only needed to make it
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_demo_corpus.py --output-dir json
 
-Every utterance has its own speaking rate and pitch, drawn from `--seed` (see `flite_speech.py`). The
-samples depend on the seed and flite's version only.
+Every utterance has its own pitch, and every word its own rate, drawn from `--seed` (see `flite_speech.py`): as with
+people, and not as with flite, the text does not say how long its words take. The samples depend on the seed and flite's
+version only.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, synthesise
+from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, read_lively, synthesise
 
 RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
 PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
 PEAK_RANGE = (0.35, 0.75)  # absolute peak of the waveform
-MAX_CORPUS_BYTES = 4_000_000
+MAX_CORPUS_BYTES = 5_000_000
 
 TRAIN_SENTENCES = (
     "The grey heron waited beside the quiet river.",
@@ -119,25 +120,24 @@ def plan_readings(seed: int) -> list[Reading]:
         seed: of the private random generator; the global one is not touched.
 
     Returns:
-        one reading a sentence, train before test; the voices take turns.
+        one lively reading a sentence, train before test; the voices take turns.
     """
-    draw = random.Random(seed)
+    draw, draw_words = random.Random(seed), random.Random(f"{seed}-words")
     readings = []
     for split, sentences in (("train", TRAIN_SENTENCES), ("test", TEST_SENTENCES)):
         for number, text in enumerate(sentences):
             voice = VOICES[number % len(VOICES)]
             pitch = pitch_on_grid(draw.uniform(*PITCH_RANGE))
-            readings.append(
-                Reading(
-                    split=split,
-                    utt_id=f"demo-{split}-{voice}-{number:03d}",
-                    voice=voice,
-                    text=text,
-                    rate=round(draw.uniform(*RATE_RANGE), 2),
-                    pitch=pitch,
-                    peak=round(draw.uniform(*PEAK_RANGE), 2),
-                )
+            reading = Reading(
+                split=split,
+                utt_id=f"demo-{split}-{voice}-{number:03d}",
+                voice=voice,
+                text=text,
+                rate=round(draw.uniform(*RATE_RANGE), 2),
+                pitch=pitch,
+                peak=round(draw.uniform(*PEAK_RANGE), 2),
             )
+            readings.append(read_lively(reading, draw_words))
     return readings
 
 
