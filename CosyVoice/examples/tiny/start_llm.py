@@ -9,7 +9,9 @@ weights for train.py --checkpoint, and metrics.json: how many phones of a token 
 A language model that starts at random first learns which unit follows which, and then hardly ever what its text is
 for: in three hours of speech each word comes some twenty times. So its text side first learns, from text alone, how
 flite pronounces each token, and its unit side begins with the tokenizer's codes, which lie close where units sound
-alike. Everything else stays as drawn. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped; begin again then.
+alike. Tokens that the corpus does not have will never be taught anything: they get random signs as embeddings, which
+tell them apart and compress well. The rest stays as drawn. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143
+stopped; begin again then.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from taste.text import tokenize  # noqa: E402
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; llm_start/ is made in it
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the language model
 S3_TOKENIZER = None  # str: speech_tokenizer_v1.onnx; none: <work-dir>/s3_tokenizer/speech_tokenizer_v1.onnx
+MOST_TEXTS = 8000  # of the corpus that are read
 STEPS = 1500  # of the text side
 BATCH_SIZE = 64  # texts a step
 LR = 3e-3  # highest learning rate of AdamW
@@ -58,6 +61,7 @@ DEVICE = "auto"  # auto, cpu, cuda
 _MOST_PHONES = 8  # of a token that are asked for; behind its last one stands the pause
 _GRAD_CLIP = 1.0
 _CODE_SCALE = 1.0  # standard deviation of the unit embeddings' channels, that of torch's own start
+_SPLITS = ("train", "phrases", "lively", "dev")
 _TEXT_SIDE = ("text_embedding", "text_encoder", "text_encoder_affine_layer")
 
 
@@ -95,6 +99,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     torch.manual_seed(settings.seed)
     model: TransformerLM = load_model(settings.config, "llm")
     place_codes(model, codes)
+    mark_unused_tokens(model, texts["train"])
     reader = nn.Linear(model.llm_input_size, _MOST_PHONES * len(PHONES))
     device = pick_device(settings.device)
     model.to(device), reader.to(device)
@@ -109,16 +114,18 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
 
 
 def read_pronounced(settings: Settings) -> dict[str, list[Pronounced]]:
-    """Read the corpus's texts with the phones of each token; `train` holds the phrases too."""
-    splits = {split: read_split(settings.work_dir / "corpus", split) for split in ("train", "phrases", "dev")}
+    """Read the corpus's texts with the phones of each token; `train` has those of all splits to learn from."""
+    draw = random.Random(settings.seed)
+    splits = {split: read_split(settings.work_dir / "corpus", split) for split in _SPLITS}
+    dev = splits.pop("dev")
+    heard = [spoken for split in splits.values() for spoken in split]
+    heard = draw.sample(heard, min(len(heard), settings.most_texts))
     tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
-    words = {bare(word) for split in splits.values() for spoken in split for word in spoken.text.split()} - {""}
-    lexicon = pronounce(words, find_flite())
-    read = {
+    lexicon = pronounce({bare(word) for spoken in heard + dev for word in spoken.text.split()} - {""}, find_flite())
+    return {
         name: [pronounced(spoken, tokenizer, lexicon) for spoken in tqdm(split, desc=f"texts, {name}", mininterval=2)]
-        for name, split in splits.items()
+        for name, split in {"train": heard, "dev": dev}.items()
     }
-    return {"train": read["train"] + read["phrases"], "dev": read["dev"]}
 
 
 def pronounced(spoken: Spoken, tokenizer: Any, lexicon: dict[str, tuple[str, ...]]) -> Pronounced:
@@ -160,6 +167,21 @@ def place_codes(model: TransformerLM, codes: Tensor) -> None:
         drawn = model.llm_decoder.weight.std()
         model.speech_embedding.weight.copy_(_CODE_SCALE * centred)
         model.llm_decoder.weight[: len(centred)] = drawn * centred
+
+
+def mark_unused_tokens(model: TransformerLM, texts: Sequence[Pronounced]) -> None:
+    """Give all text tokens that do not occur random signs as embeddings.
+
+    Args:
+        model: the language model; `text_embedding` is changed.
+        texts: the training set's.
+    """
+    used = torch.unique(torch.cat([text.tokens for text in texts]))
+    unused = torch.ones(model.text_embedding.num_embeddings, dtype=torch.bool)
+    unused[used] = False
+    with torch.no_grad():
+        weight = model.text_embedding.weight
+        weight[unused] = weight[unused].sign()
 
 
 def teach(

@@ -1,0 +1,415 @@
+"""Teach the tiny recipe's language model to read: to know, at each unit, which of its text tokens is being spoken.
+
+In: `<work-dir>/corpus/<split>/{wav.scp,text,phones,utt2speech_token.pt,utt2embedding.pt}`, and the weights that
+start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, metrics.jsonl, metrics.json, settings.json, loss_curve.png,
+and state.pt, from which a run that was stopped goes on.
+
+    python CosyVoice/examples/tiny/teach_reading.py --work-dir CosyVoice/examples/tiny/work --minutes 40
+    python CosyVoice/examples/tiny/teach_reading.py --work-dir /tmp/work --steps 20 --batch-positions 800      (a look)
+
+What is trained is the published loss on the published model. Two lessons beside it use what flite tells about its own
+speech and end with the training: some attention heads are shown the token that is spoken next (guided attention,
+arXiv 1710.08969), and a linear layer must tell the phone of the next unit from the last hidden state. Without them the
+model learns which unit follows which, and finds its place in the text late or never. Some units are hidden from it,
+so that it has to go by the text where it speaks freely. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped,
+saved.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+
+from corpus_reader import UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
+from flite_speech import find_flite  # noqa: E402
+from packed_features import PackedRows, cut_batches  # noqa: E402
+from reading_lessons import Lessons, ReadingLessons  # noqa: E402
+from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from word_times import Span, bare, pronounce, token_spans  # noqa: E402
+
+from cosyvoice.utils.checkpoint import save_file  # noqa: E402
+from cosyvoice.utils.config import load_config  # noqa: E402
+from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
+from cosyvoice.utils.train_utils import load_model  # noqa: E402
+from taste.atomic import atomic_path  # noqa: E402
+from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.text import tokenize  # noqa: E402
+
+# U utterances   B batch   T text tokens   S S3 units, 50 Hz
+
+WORK_DIR = Path("CosyVoice/examples/tiny/work")  # the recipe's folder
+CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the language model
+LLM = None  # str: weights to start from; none: <work-dir>/llm_start/llm.pt
+SPLITS = ("train", "phrases", "lively")  # of the corpus, to learn from
+DEV = ("dev",)  # splits to measure
+STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
+MINUTES = None  # float: train by the clock instead; the schedule follows it
+BATCH_POSITIONS = 4_000  # of the language model in a batch, padding included; 20,000 on a GPU
+LR = 1.5e-3  # peak learning rate of AdamW
+WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
+GRAD_CLIP = 1.0  # largest norm of the gradient
+GUIDE_WEIGHT = 0.5  # of the lesson for the attention heads
+PHONE_WEIGHT = 0.3  # of the lesson for the phone
+HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
+HIDE_UNITS = 0.15  # share of the units that are hidden in these
+CHECK_EVERY = 500  # steps between two evaluations
+SAVE_MINUTES = 5.0  # between two saves
+DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
+SEED = 1986  # of the order of the data, of what is hidden, of dropout
+THREADS = 1  # of the CPU
+DEVICE = "auto"  # auto, cpu, cuda
+
+_LOG_EVERY = 20  # steps
+_SCHEDULE = 10_000  # parts that the schedule is cut into
+_MEASURED_POSITIONS = 20_000  # of a batch that is measured
+_EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
+_ADAM_BETAS = (0.9, 0.98)
+_DECIDES_TRAINING = (
+    *("llm", "splits", "steps", "minutes", "batch_positions", "lr", "weight_decay", "grad_clip", "guide_weight"),
+    *("phone_weight", "hide_rows", "hide_units", "dtype", "seed"),
+)
+
+
+class Aligned(NamedTuple):
+    """An utterance and what is spoken when."""
+
+    text: Tensor  # tokens, [T] int64
+    units: Tensor  # [S] int64
+    owners: Tensor  # number of the text token that each unit belongs to, [S] int64
+    phones: Tensor  # class of each unit's phone, [S] int64
+    speaker: Tensor  # [192] float32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    settings = parse_settings(__file__, globals(), argv)
+    return run_to_the_end(run, settings)
+
+
+def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
+    """Read the corpus, teach, write.
+
+    Args:
+        settings: the script's constants.
+        stop_requested: asked after each step.
+
+    Returns:
+        False where it was asked to stop.
+
+    Raises:
+        OSError, ValueError: the message is for the person at the keyboard.
+    """
+    folder = settings.work_dir / "exp" / "llm"
+    print(f"settings of {folder}:\n{settings.describe()}\n")
+    settings.save(folder / "settings.json")
+    device = pick_device(settings.device)
+    torch.set_float32_matmul_precision("high")
+    splits = {name: read_aligned(settings, name) for name in (*settings.splits, *settings.dev)}
+    learned = AlignedSet([item for name in settings.splits for item in splits[name]], device)
+    measured = {name: AlignedSet(splits[name], device) for name in settings.dev}
+
+    torch.manual_seed(settings.seed)
+    llm = load_model(settings.config, "llm")
+    path = Path(settings.llm or settings.work_dir / "llm_start" / "llm.pt")
+    load_state(llm, read_weights(path), path)
+    llm.text_embedding.requires_grad_(False)  # start_llm.py has taught them, and features that hold them stay valid
+    lessons = ReadingLessons(llm.float()).to(device)
+    teaching = Teaching(settings, folder, lessons, learned, measured)
+    print(f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device}")
+    return teaching.until_the_end(stop_requested)
+
+
+def read_aligned(settings: Settings, split: str) -> list[Aligned]:
+    """Read a split with the token and the phone of each unit.
+
+    Args:
+        settings: WORK_DIR and CONFIG.
+        split: its name.
+
+    Returns:
+        its utterances.
+
+    Raises:
+        FileNotFoundError: a table is missing.
+        ValueError: an utterance lacks a line in a table, its units or its vector.
+    """
+    folder = settings.work_dir / "corpus" / split
+    spoken = read_split(settings.work_dir / "corpus", split)
+    units, speakers = (read_torch_file(folder / f"utt2{name}.pt") for name in ("speech_token", "embedding"))
+    lacking = [item.utt_id for item in spoken if item.utt_id not in units or item.utt_id not in speakers]
+    if lacking:
+        raise ValueError(
+            f"{folder}: {len(lacking)} utterances have no speech tokens or no speaker vector, {lacking[0]} first; "
+            "run stages 3 and 4 of run.sh"
+        )
+    tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
+    lexicon = pronounce({bare(word) for item in spoken for word in item.text.split()} - {""}, find_flite())
+    return [
+        align_units(item, tokenizer, lexicon, units[item.utt_id], speakers[item.utt_id])
+        for item in tqdm(spoken, desc=f"alignments, {split}", mininterval=2)
+    ]
+
+
+def align_units(
+    spoken: Spoken, tokenizer: Any, lexicon: dict[str, tuple[str, ...]], units: Sequence[int], speaker: Sequence[float]
+) -> Aligned:
+    """Say which token and which phone each unit belongs to."""
+    text = tokenize(tokenizer, spoken.text)
+    pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
+    spans = token_spans(pieces, text.word_ids, spoken.phones, lexicon)
+    return Aligned(
+        torch.tensor(text.tokens),
+        torch.as_tensor(units, dtype=torch.int64),
+        torch.from_numpy(unit_owners(spans, len(units))),
+        torch.from_numpy(phone_classes(spoken.phones, len(units))),
+        torch.as_tensor(speaker, dtype=torch.float32),
+    )
+
+
+def unit_owners(spans: Sequence[Span | None], num_units: int) -> np.ndarray:
+    """The text token of each unit, [S], int64: the one that was begun last; before any was begun, the first.
+
+    Args:
+        spans: when each token is heard; None: never.
+        num_units: S.
+    """
+    heard = [(span.start, number) for number, span in enumerate(spans) if span is not None]
+    starts = np.array([start for start, _ in heard])
+    middles = (np.arange(num_units) + 0.5) / UNIT_RATE_HZ
+    begun = np.searchsorted(starts, middles, side="right") - 1
+    return np.array([number for _, number in heard], dtype=np.int64)[begun.clip(min=0)]
+
+
+class AlignedSet:
+    """Utterances on the device, from which batches are cut.
+
+    Args:
+        items: at least one.
+        device: where to keep them.
+    """
+
+    def __init__(self, items: Sequence[Aligned], device: torch.device) -> None:
+        self.device = device
+        self.text = PackedRows([item.text for item in items], 0, device)
+        self.units = PackedRows([item.units for item in items], 0, device)
+        self.owners = PackedRows([item.owners for item in items], 0, device)
+        self.phones = PackedRows([item.phones for item in items], 0, device)
+        self.speakers = torch.stack([item.speaker for item in items]).to(device)
+        self.positions = self.text.lengths + self.units.lengths + _EXTRA_POSITIONS
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def batch(self, chosen: Sequence[int], texts: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Some utterances, by the names that `TransformerLM.forward` reads, with `owner` and `phone` [B, S].
+
+        Args:
+            chosen: their numbers.
+            texts: utterances whose texts they get; None: their own.
+        """
+        there = self._there(chosen)
+        read, read_there = (chosen, there) if texts is None else (texts, self._there(texts))
+        text, text_lengths = self.text.batch(read, read_there)
+        units, unit_lengths = self.units.batch(chosen, there)
+        return {
+            "text_token": text,
+            "text_token_len": text_lengths,
+            "speech_token": units,
+            "speech_token_len": unit_lengths,
+            "embedding": self.speakers[there],
+            "owner": self.owners.batch(chosen, there)[0],
+            "phone": self.phones.batch(chosen, there)[0],
+        }
+
+    def _there(self, numbers: Sequence[int]) -> Tensor:
+        here = torch.tensor(numbers)
+        return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
+
+
+class Teaching:
+    """The training as far as it has come.
+
+    Args:
+        settings: the script's constants.
+        folder: where everything is written.
+        lessons: the language model inside its lessons, on the device.
+        learned: utterances to learn from.
+        measured: utterances to measure, by name.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        lessons: ReadingLessons,
+        learned: AlignedSet,
+        measured: dict[str, AlignedSet],
+    ) -> None:
+        self.settings, self.folder, self.lessons = settings, folder, lessons
+        self.learned, self.measured = learned, measured
+        learning = [weight for weight in lessons.parameters() if weight.requires_grad]
+        matrices, others = ([weight for weight in learning if (weight.dim() > 1) == wanted] for wanted in (True, False))
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            betas=_ADAM_BETAS,
+            fused=learned.device.type == "cuda",
+        )
+        self.learning = learning
+        self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.batches: list[list[int]] = []  # of the epoch in work
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands, but for weights and optimizer."""
+        return {name: getattr(self, name) for name in ("step", "epoch", "place", "seconds", "history")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Args:
+            state: it.
+        """
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
+        """Teach, measure and save.
+
+        Args:
+            stop_requested: asked before each step.
+
+        Returns:
+            False where it was asked to stop.
+
+        Raises:
+            ValueError: a loss is no number, or the saved state is of other settings.
+        """
+        resume(self.folder / "state.pt", self._parts(), self._deciding())
+        if self.step:
+            print(f"going on from step {self.step}", flush=True)
+        clock = saved = time.perf_counter()
+        unlogged: list[Tensor] = []
+        while (share := self._share()) < 1:
+            if stop_requested():
+                self._save()
+                return False
+            unlogged.append(self._one_step(share))
+            if self.step % _LOG_EVERY == 0:
+                self._log(share, torch.stack(unlogged).mean(dim=0).tolist())
+                unlogged = []
+            if self.step % self.settings.check_every == 0:
+                self._measure()
+            if time.perf_counter() - saved > 60 * self.settings.save_minutes:
+                self._save()
+                saved = time.perf_counter()
+            self.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+        if not self.history or self.history[-1]["step"] != self.step:
+            self._measure()
+        self._save()
+        return True
+
+    def _share(self) -> float:
+        """How much of the training is done."""
+        if self.settings.minutes is None:
+            return self.step / self.settings.steps
+        return self.seconds / (60 * self.settings.minutes)
+
+    def _one_step(self, share: float) -> Tensor:
+        settings = self.settings
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, self.step)).generate_state(1, np.uint64)[0]))
+        self.lessons.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, settings.lr)
+        batch = self.learned.batch(self._next_rows())
+        with torch.autocast(self.learned.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            found = self.lessons(batch, self._kept_units(batch["speech_token"]))
+        loss = found.loss + settings.guide_weight * found.guide + settings.phone_weight * found.phone
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return torch.stack([*found, norm]).detach()
+
+    def _next_rows(self) -> list[int]:
+        """The utterances of the next batch; epoch and place tell which one that is, also after a restart."""
+        for _ in range(2):  # a state may have been saved at an epoch's end
+            if not self.batches:
+                self.batches = cut_batches(
+                    self.learned.positions, self.settings.batch_positions, self.settings.seed, self.epoch
+                )
+            if self.place < len(self.batches):
+                break
+            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
+        self.place += 1
+        return self.batches[self.place - 1]
+
+    def _kept_units(self, units: Tensor) -> Tensor:
+        """Which units the language model may see, [B, S], bool."""
+        settings = self.settings
+        rows = torch.rand(len(units), 1, device=units.device) < settings.hide_rows
+        return ~(rows & (torch.rand(units.shape, device=units.device) < settings.hide_units))
+
+    def _log(self, share: float, values: list[float]) -> None:
+        if not np.isfinite(values).all():
+            raise ValueError(f"step {self.step}: {dict(zip(_LOGGED, values, strict=True))}; lower LR and start again")
+        named = dict(zip(_LOGGED, values, strict=True))
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, "seconds": self.seconds, **named}) + "\n")
+        if self.step % (5 * _LOG_EVERY) == 0:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in named.items())
+            speed = self.step / max(self.seconds, 1e-9)
+            print(f"step {self.step:6d}  {share:4.0%}  {speed:5.1f} steps/s  {shown}", flush=True)
+
+    @torch.inference_mode()
+    def _measure(self) -> None:
+        """Score the measured splits with their own texts and with others'."""
+        self.lessons.eval()
+        entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
+        for name, items in self.measured.items():
+            sums, wrong, targets = np.zeros(len(Lessons._fields)), 0.0, 0
+            for chosen in cut_batches(items.positions, _MEASURED_POSITIONS):
+                others = [(number + len(items) // 2) % len(items) for number in chosen]
+                count = int(items.units.lengths[chosen].sum()) + len(chosen)
+                sums += count * np.array(torch.stack([*self.lessons(items.batch(chosen))]).tolist())
+                wrong += count * float(self.lessons(items.batch(chosen, texts=others), lessons=False).loss)
+                targets += count
+            entry[name] = {**dict(zip(Lessons._fields, (sums / targets).tolist(), strict=True))}
+            entry[name]["loss_with_wrong_text"] = wrong / targets
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in entry[name].items())
+            print(f"-- {name} after {self.step} steps, {self.epoch} passes: {shown}", flush=True)
+        self.history.append(entry)
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / "state.pt", self.epoch, self._parts(), self._deciding())
+        weights = {name: value.detach().cpu() for name, value in self.lessons.llm.state_dict().items()}
+        save_file(self.folder / "llm.pt", weights)
+        with atomic_path(self.folder / "metrics.json") as temporary:
+            temporary.write_text(json.dumps({"seconds": self.seconds, "dev": self.history}, indent=1), encoding="utf-8")
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.lessons, "optimizer": self.optimizer, "progress": self}
+
+    def _deciding(self) -> dict[str, Any]:
+        values = self.settings.to_dict()
+        return {name: values[name] for name in _DECIDES_TRAINING}
+
+
+_LOGGED = (*Lessons._fields, "gradient_norm")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
