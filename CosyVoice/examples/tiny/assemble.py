@@ -8,15 +8,17 @@ Out:  <output>/{cosyvoice.yaml,llm.pt,flow.pt,hift.pt,campplus.onnx,speech_token
     python CosyVoice/examples/tiny/assemble.py --readme-only --output CosyVoice-tiny      (after an evaluation)
 
 Half a minute. The folder is made beside its place and checked (setup_cosyvoice.py --deep-verify) before it replaces
-what stands there. Weights are written in float16. Exit codes: 0 done, 1 error, 2 unknown flag,
-130 stopped by Ctrl-C.
+what stands there. Weights are written in float16 and compressed: of the 51,866 text embeddings the corpus has used two
+thousand, and the others are zero. Exit codes: 0 done, 1 error, 2 unknown flag, 130 stopped by Ctrl-C.
 """
 
+import io
 import os
 import shutil
 import string
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +101,21 @@ def write_half(path: Path, config: Path, part: str, weights: Path) -> None:
     unfit = [key for key, value in halves.items() if value.is_floating_point() and not value.isfinite().all()]
     if unfit:
         raise ValueError(f"{weights}: {len(unfit)} tensors are not finite in float16, {unfit[0]} first; train it again")
-    torch.save(halves, path)
+    save_compressed(halves, path)
+
+
+def save_compressed(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as `torch.save` does, its records compressed; `torch.load` reads both alike.
+
+    Args:
+        state: weights by name.
+        path: the file to write.
+    """
+    plain = io.BytesIO()
+    torch.save(dict(state), plain)
+    with zipfile.ZipFile(plain) as records, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as out:
+        for record in records.infolist():
+            out.writestr(zipfile.ZipInfo(record.filename), records.read(record), zipfile.ZIP_DEFLATED)
 
 
 def write_speakers(path: Path, split: Path) -> None:
