@@ -1,17 +1,18 @@
 """Give the tiny recipe's language model a start from which it learns to read: sounds of its text and of its units.
 
-In: `<work-dir>/corpus/{train,phrases,dev}`, the S3 tokenizer, the configuration. Out: `<work-dir>/llm_start/llm.pt`,
-weights for train.py --checkpoint, and metrics.json: how many phones of a token the text encoder's output tells.
+In: `<work-dir>/corpus/{train,phrases,lively,dev}`, the S3 tokenizer, the configuration. Out, in
+`<work-dir>/llm_start/`: llm.pt, from which teach_reading.py goes on, and metrics.json: how many phones of a token the
+text encoder's output tells.
 
-    python CosyVoice/examples/tiny/start_llm.py --work-dir CosyVoice/examples/tiny/work     (2 minutes)
+    python CosyVoice/examples/tiny/start_llm.py --work-dir CosyVoice/examples/tiny/work     (4 minutes)
     python CosyVoice/examples/tiny/start_llm.py --work-dir /tmp/work --steps 20             (a look)
 
 A language model that starts at random first learns which unit follows which, and then hardly ever what its text is
 for: in three hours of speech each word comes some twenty times. So its text side first learns, from text alone, how
 flite pronounces each token, and its unit side begins with the tokenizer's codes, which lie close where units sound
-alike. Tokens that the corpus does not have will never be taught anything: they get random signs as embeddings, which
-tell them apart and compress well. The rest stays as drawn. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143
-stopped; begin again then.
+alike. Tokens that the corpus does not have are never taught anything: they get random signs as embeddings, which tell
+them apart and compress well. The rest stays as drawn. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped;
+begin again then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 from corpus_reader import PAUSE, PHONES, Spoken, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
 from resumable import learning_rate, run_to_the_end  # noqa: E402
-from word_times import Span, bare, pronounce, token_spans  # noqa: E402
+from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
@@ -43,14 +44,12 @@ from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.s3_units import load_s3_tokenizer  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.text import tokenize  # noqa: E402
 
 # B texts   T text tokens   H phones of a token   D channels of the language model
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; llm_start/ is made in it
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the language model
 S3_TOKENIZER = None  # str: speech_tokenizer_v1.onnx; none: <work-dir>/s3_tokenizer/speech_tokenizer_v1.onnx
-MOST_TEXTS = 8000  # of the corpus that are read
 STEPS = 1500  # of the text side
 BATCH_SIZE = 64  # texts a step
 LR = 3e-3  # highest learning rate of AdamW
@@ -61,7 +60,7 @@ DEVICE = "auto"  # auto, cpu, cuda
 _MOST_PHONES = 8  # of a token that are asked for; behind its last one stands the pause
 _GRAD_CLIP = 1.0
 _CODE_SCALE = 1.0  # standard deviation of the unit embeddings' channels, that of torch's own start
-_SPLITS = ("train", "phrases", "lively", "dev")
+_SPLITS = ("train", "phrases", "lively")  # all that the language model will read
 _TEXT_SIDE = ("text_embedding", "text_encoder", "text_encoder_affine_layer")
 
 
@@ -115,29 +114,27 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
 
 def read_pronounced(settings: Settings) -> dict[str, list[Pronounced]]:
     """Read the corpus's texts with the phones of each token; `train` has those of all splits to learn from."""
-    draw = random.Random(settings.seed)
-    splits = {split: read_split(settings.work_dir / "corpus", split) for split in _SPLITS}
-    dev = splits.pop("dev")
-    heard = [spoken for split in splits.values() for spoken in split]
-    heard = draw.sample(heard, min(len(heard), settings.most_texts))
+    corpus = settings.work_dir / "corpus"
+    texts = {
+        "train": [item for split in _SPLITS for item in read_split(corpus, split)],
+        "dev": read_split(corpus, "dev"),
+    }
     tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce({bare(word) for spoken in heard + dev for word in spoken.text.split()} - {""}, find_flite())
+    lexicon = pronounce_texts(texts["train"] + texts["dev"], find_flite())
     return {
         name: [pronounced(spoken, tokenizer, lexicon) for spoken in tqdm(split, desc=f"texts, {name}", mininterval=2)]
-        for name, split in {"train": heard, "dev": dev}.items()
+        for name, split in texts.items()
     }
 
 
 def pronounced(spoken: Spoken, tokenizer: Any, lexicon: dict[str, tuple[str, ...]]) -> Pronounced:
     """Say which phones belong to each token of an utterance's text."""
-    text = tokenize(tokenizer, spoken.text)
-    pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
-    spans = token_spans(pieces, text.word_ids, spoken.phones, lexicon)
-    phones = torch.zeros(len(pieces), _MOST_PHONES, dtype=torch.int64)
-    for row, span in zip(phones, spans, strict=True):
+    timed = time_tokens(spoken, tokenizer, lexicon)
+    phones = torch.zeros(len(timed.tokens), _MOST_PHONES, dtype=torch.int64)
+    for row, span in zip(phones, timed.spans, strict=True):
         heard = [] if span is None else phones_within(spoken.phones, span)
         row[: len(heard)] = torch.tensor([PHONES.index(phone) for phone in heard], dtype=torch.int64)
-    return Pronounced(torch.tensor(text.tokens), phones)
+    return Pronounced(torch.tensor(timed.tokens), phones)
 
 
 def phones_within(phones: Sequence[tuple[str, float]], span: Span) -> list[str]:
@@ -176,9 +173,8 @@ def mark_unused_tokens(model: TransformerLM, texts: Sequence[Pronounced]) -> Non
         model: the language model; `text_embedding` is changed.
         texts: the training set's.
     """
-    used = torch.unique(torch.cat([text.tokens for text in texts]))
     unused = torch.ones(model.text_embedding.num_embeddings, dtype=torch.bool)
-    unused[used] = False
+    unused[torch.cat([text.tokens for text in texts])] = False
     with torch.no_grad():
         weight = model.text_embedding.weight
         weight[unused] = weight[unused].sign()

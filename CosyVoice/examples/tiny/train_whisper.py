@@ -37,7 +37,7 @@ from flite_speech import find_flite  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
 from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode  # noqa: E402
-from word_times import Span, bare, pronounce, token_spans  # noqa: E402
+from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
@@ -127,8 +127,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     settings.save(folder / "settings.json")
     splits = {name: read_split(settings.work_dir / "corpus", name) for name in ("train", "dev")}
     tokenizer = load_config(_CONFIGURATION, ["get_tokenizer"])["get_tokenizer"]()
-    words = {bare(word) for split in splits.values() for spoken in split for word in spoken.text.split()} - {""}
-    lexicon = pronounce(words, find_flite())
+    lexicon = pronounce_texts([spoken for split in splits.values() for spoken in split], find_flite())
     vocabulary = sorted({token for spoken in splits["train"] for token in tokenize(tokenizer, spoken.text).tokens})
     corpora = {
         name: Corpus([prepare(spoken, tokenizer, vocabulary, lexicon) for spoken in split], split)
@@ -160,13 +159,9 @@ def prepare(spoken: Spoken, tokenizer: Any, vocabulary: Sequence[int], lexicon: 
     frames = -(-len(waveform) // SAMPLES_PER_FRAME)
     tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
     padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
-    text = tokenize(tokenizer, spoken.text)
-    pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
-    spans = token_spans(pieces, text.word_ids, spoken.phones, lexicon)
+    timed = time_tokens(spoken, tokenizer, lexicon)
     class_of = {token: index + 1 for index, token in enumerate(vocabulary)}
-    heard = [
-        (class_of.get(token, IGNORED), span) for token, span in zip(text.tokens, spans, strict=True) if span is not None
-    ]
+    heard = [(class_of.get(token, IGNORED), span) for token, span in zip(*timed, strict=True) if span is not None]
     tokens = torch.zeros(frames, dtype=torch.long)
     middles = (torch.arange(frames) + 0.5) / FRAMES_PER_SECOND
     for index, span in heard:

@@ -9,12 +9,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from corpus_reader import PAUSE
+from corpus_reader import PAUSE, Spoken
 
-_SAME, _OTHER, _LEFT_OUT = 0.0, 1.0, 0.8  # costs of the alignment: a phone too many costs less than two wrong ones
+from taste.text import tokenize
+
+_SAME, _OTHER, _LEFT_OUT = 0, 10, 8  # costs of the alignment: a phone too many costs less than two wrong ones
 
 
 class Span(NamedTuple):
@@ -22,6 +24,13 @@ class Span(NamedTuple):
 
     start: float
     end: float
+
+
+class TimedTokens(NamedTuple):
+    """An utterance's text tokens and when they are heard."""
+
+    tokens: list[int]  # [T]
+    spans: list[Span | None]  # [T]; None: never
 
 
 def bare(word: str) -> str:
@@ -54,6 +63,35 @@ def pronounce(words: Iterable[str], flite: str) -> dict[str, tuple[str, ...]]:
         raise ValueError(f"flite read {len(lines)} of {len(ordered)} words; expected a line of phones for each")
     phones = [tuple(phone for phone in line.split() if phone != PAUSE) for line in lines]
     return dict(zip(ordered, phones, strict=True))
+
+
+def pronounce_texts(spoken: Iterable[Spoken], flite: str) -> dict[str, tuple[str, ...]]:
+    """Ask flite for the phones of each word of some utterances.
+
+    Args:
+        spoken: the utterances.
+        flite: path of the program.
+
+    Returns:
+        {word, as `bare` gives it: phones without pauses}.
+    """
+    return pronounce({bare(word) for item in spoken for word in item.text.split()} - {""}, flite)
+
+
+def time_tokens(spoken: Spoken, tokenizer: Any, lexicon: Mapping[str, Sequence[str]]) -> TimedTokens:
+    """Say when each token of an utterance is heard.
+
+    Args:
+        spoken: the utterance.
+        tokenizer: openai-whisper's.
+        lexicon: phones of each word, as `pronounce_texts` gives them.
+
+    Returns:
+        its tokens with their spans, see `token_spans`.
+    """
+    text = tokenize(tokenizer, spoken.text)
+    pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
+    return TimedTokens(text.tokens, token_spans(pieces, text.word_ids, spoken.phones, lexicon))
 
 
 def token_spans(
@@ -109,14 +147,14 @@ def align(expected: Sequence[str], spoken: Sequence[str]) -> list[int]:
     Returns:
         indices into `expected`, [P], never falling; one that nobody expected belongs to the phone before it.
     """
-    cost = np.zeros((len(expected) + 1, len(spoken) + 1))
-    cost[:, 0] = np.arange(len(expected) + 1) * _LEFT_OUT
-    cost[0] = np.arange(len(spoken) + 1) * _LEFT_OUT
-    differs = np.array([[_SAME if a == b else _OTHER for b in spoken] for a in expected])
+    too_many = np.arange(len(spoken) + 1) * _LEFT_OUT  # what it costs that nobody expected the first ones
+    differs = np.where(np.array(expected)[:, None] == np.array(spoken), _SAME, _OTHER)
+    cost = np.empty((len(expected) + 1, len(spoken) + 1), dtype=np.int64)
+    cost[0] = too_many
     for i in range(1, len(expected) + 1):
-        for j in range(1, len(spoken) + 1):
-            together = cost[i - 1, j - 1] + differs[i - 1, j - 1]
-            cost[i, j] = min(together, cost[i - 1, j] + _LEFT_OUT, cost[i, j - 1] + _LEFT_OUT)
+        row = cost[i - 1] + _LEFT_OUT
+        row[1:] = np.minimum(row[1:], cost[i - 1, :-1] + differs[i - 1])
+        cost[i] = np.minimum.accumulate(row - too_many) + too_many
     i, j = len(expected), len(spoken)
     owners = [0] * len(spoken)
     while j:
