@@ -37,10 +37,18 @@ class ReadingLessons(nn.Module):
 
     Args:
         llm: the language model; it becomes part of this module.
+
+    Raises:
+        ValueError: it has too few layers.
     """
 
     def __init__(self, llm: TransformerLM) -> None:
         super().__init__()
+        if len(llm.llm.encoders) <= max(GUIDED_LAYERS):
+            raise ValueError(
+                f"the language model has {len(llm.llm.encoders)} layers, expected at least {max(GUIDED_LAYERS) + 1}: "
+                f"those with the numbers {GUIDED_LAYERS} are shown where to look; see GUIDED_LAYERS in {__file__}"
+            )
         self.llm = llm
         self.phone_reader = nn.Linear(llm.llm_decoder.in_features, len(PHONES))
         self._kept: Tensor | None = None  # which units may be seen, [B, S]

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Make all of CosyVoice-tiny from nothing: a synthesised corpus, and every network of the folder trained on it.
 #
-#     0 corpus             ->  <WORK_DIR>/corpus/{audio,train,dev,test}; needs flite
+#     0 corpus             ->  <WORK_DIR>/corpus/{audio,train,phrases,lively,dev,test,lively_dev}; needs flite
 #     1 S3 tokenizer       ->  <WORK_DIR>/s3_tokenizer/speech_tokenizer_v1.onnx
 #     2 speaker encoder    ->  <WORK_DIR>/speaker_encoder/campplus.onnx
 #     3 speaker vectors    ->  corpus/<split>/{utt2embedding,spk2embedding}.pt
 #     4 speech tokens      ->  corpus/<split>/utt2speech_token.pt
 #     5 Parquet shards     ->  corpus/<split>/parquet/
-#     6 llm, flow, hifigan ->  <WORK_DIR>/exp/<model>/, trained side by side and averaged
+#     6 llm, flow, hifigan ->  <WORK_DIR>/exp/<model>/, trained side by side
 #     7 Whisper encoder    ->  <WORK_DIR>/whisper/
 #     8 assembly           ->  <WORK_DIR>/CosyVoice-tiny/, checked part by part
 #     9 evaluation         ->  <WORK_DIR>/evaluation/, and the results in the model's README.md
@@ -35,31 +35,33 @@ WORK_DIR="${WORK_DIR:-$HERE/work}"             # folder of everything that is ma
 OUTPUT="${OUTPUT:-}"                           # the model's folder; empty takes <WORK_DIR>/CosyVoice-tiny
 CONFIG="${CONFIG:-$HERE/conf/cosyvoice.yaml}"  # sizes, data pipeline and training
 HOURS="${HOURS:-3.0}"                          # speech in the training set
-DEV_SIZE="${DEV_SIZE:-100}"                    # utterances in dev
+LIVELY_HOURS="${LIVELY_HOURS:-1.0}"            # speech whose words have rates of their own; 0 leaves it out
+DEV_SIZE="${DEV_SIZE:-100}"                    # utterances in dev, and in lively_dev
 TEST_SIZE="${TEST_SIZE:-200}"                  # utterances in test
 TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-}"       # passes over the corpus, S3 tokenizer; empty takes the script's number
 OPEN_EPOCHS="${OPEN_EPOCHS:-}"                 # of them, at the start, without the quantizer
 SPEAKER_EPOCHS="${SPEAKER_EPOCHS:-}"           # the same, speaker encoder
 WHISPER_EPOCHS="${WHISPER_EPOCHS:-}"           # the same, Whisper encoder
-MINUTES_WORDS="${MINUTES_WORDS:-12}"           # of training the language model on single words and short phrases
-MINUTES_LLM="${MINUTES_LLM:-40}"               # of training it on them and on sentences, all runs together
+MINUTES_LLM="${MINUTES_LLM:-50}"               # of training the language model, all runs together
 MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
 MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
 BATCH_FACTOR="${BATCH_FACTOR:-1}"              # times the configuration's batches in stage 6; 4 on a GPU
-CHECK_EVERY="${CHECK_EVERY:-1}"                # epochs between two cross-validations in stage 6; 8 on a GPU
-MAX_EPOCH="${MAX_EPOCH:-}"                     # passes over the corpus in stage 6; empty takes the configuration's
-MAX_STEPS="${MAX_STEPS:-}"                     # at most so many steps in stage 6; empty sets no limit
+CHECK_EVERY="${CHECK_EVERY:-1}"                # epochs between two cross-validations of flow, vocoder; 8 on a GPU
+MAX_EPOCH="${MAX_EPOCH:-}"                     # passes of flow, vocoder; empty takes the configuration's
+MAX_STEPS="${MAX_STEPS:-}"                     # so many steps in stage 6, whatever the minutes; empty sets no limit
 EVALUATED="${EVALUATED:-}"                     # test utterances measured in stage 9; empty takes all
 REAL_MANIFEST="${REAL_MANIFEST:-}"             # .jsonl of recordings of people, measured in stage 9 too
 AVERAGE_NUM="${AVERAGE_NUM:-5}"                # epochs with the lowest loss, whose weights are averaged
 DTYPE="${DTYPE:-fp32}"                         # of training flow and vocoder in stage 6: fp32, bf16, fp16
-DTYPE_LLM="${DTYPE_LLM:-bf16}"                 # of training the language model
+DTYPE_LLM="${DTYPE_LLM:-float32}"              # of training the language model: float32, bfloat16
 DEVICE="${DEVICE:-auto}"                       # of stages 1, 4 and 6: auto, cpu, cuda
 NUM_THREADS="${NUM_THREADS:-}"                 # CPU threads in all; empty takes every core
 JOBS="${JOBS:-2}"                              # trainings at the same time in stage 6
 PYTHON="${PYTHON:-}"                           # interpreter; empty takes the repository's .venv, else python3
 
-SPLITS=(train phrases dev test)
+SPLITS=(train phrases lively dev test lively_dev)
+LLM_SPLITS=(train phrases lively) # what the language model learns from
+PACKED=(train lively dev)         # what train.py reads
 COSYVOICE="$REPOSITORY/CosyVoice"
 export PYTHONPATH="$REPOSITORY:$COSYVOICE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUTF8=1 # texts are UTF-8, whatever the locale says
@@ -69,10 +71,10 @@ flag() { [[ -z "$2" ]] || FLAGS+=("$1" "$2"); }
 
 make_corpus() {
     command -v flite >/dev/null || fail "flite is not installed; run: apt-get update && apt-get install -y flite"
-    gives "$CORPUS"/{train,phrases,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones}
+    gives "$CORPUS"/{train,phrases,lively,dev,test,lively_dev}/{wav.scp,text,utt2spk,spk2utt,phones}
     clears "$CORPUS"
     step stage0 "$PYTHON" "$HERE/make_corpus.py" --work-dir "$WORK_DIR" \
-        --hours "$HOURS" --dev "$DEV_SIZE" --test "$TEST_SIZE"
+        --hours "$HOURS" --lively-hours "$LIVELY_HOURS" --dev "$DEV_SIZE" --test "$TEST_SIZE"
 }
 
 train_tokenizer() {
@@ -127,72 +129,67 @@ pack_split() {
         --src_dir "$CORPUS/$1" --des_dir "$CORPUS/$1/parquet" --num_utts_per_parquet 100
 }
 
-# configure NAME FRAMES [SED WORD...]: write <work-dir>/NAME.yaml, the configuration with batches of so many frames times
-# BATCH_FACTOR. What is the same already is left alone: a mark knows it by its time.
-# shellcheck disable=SC2317
-configure() {
-    local file="$WORK_DIR/$1.yaml"
-    sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $(($2 * BATCH_FACTOR))/" \
-        -e "s/^    batch_size: 8$/    batch_size: $((8 * BATCH_FACTOR))/" "${@:3}" "$CONFIG" >"$file.new"
-    cmp -s "$file.new" "$file" || cp "$file.new" "$file"
-    rm "$file.new"
+# keep FILE: let FILE.new take its place, unless both are the same: a mark knows a file by its time.
+# shellcheck disable=SC2317 # `together` runs it
+keep() {
+    cmp -s "$1.new" "$1" || cp "$1.new" "$1"
+    rm "$1.new"
 }
 
-# The language model begins with the sounds of its tokens and units, and with single words and short phrases, without
-# dropout and with few in a batch: so it learns to read. On whole sentences alone it learns to babble, and then never
-# looks at its text.
+# The language model begins with the sounds of its tokens and units, and is shown which token is spoken when: by itself it
+# learns to babble, and looks at its text late or never.
 # shellcheck disable=SC2317 # `together` runs it
-train_words() {
-    local start="$WORK_DIR/llm_start/llm.pt"
-    needs 0 "$CORPUS"/{train,phrases,dev}/{text,phones}
+train_llm() {
+    local start="$WORK_DIR/llm_start/llm.pt" split
+    needs 0 "$CORPUS"/{train,phrases,lively,dev}/{text,phones}
     needs 1 "$S3_TOKENIZER"
     gives "$start"
     how --threads "$THREADS_A_JOB" --device "$DEVICE"
     step stage6-start "$PYTHON" "$HERE/start_llm.py" --work-dir "$WORK_DIR" --config "$CONFIG"
-    needs 5 "$CORPUS"/{phrases,dev}/parquet/data.list
+    for split in "${LLM_SPLITS[@]}" dev; do
+        needs 0 "$CORPUS/$split"/{wav.scp,text,utt2spk,phones}
+        needs 3 "$CORPUS/$split/utt2embedding.pt"
+        needs 4 "$CORPUS/$split/utt2speech_token.pt"
+    done
     needs 6 "$start"
-    gives "$EXP/words/metrics.jsonl"
-    clears "$EXP/words" "$WORK_DIR/tensorboard/words"
-    configure words 1500 -e 's/dropout_rate: 0\..*/dropout_rate: 0.0/' -e 's/lr: 0.0015/lr: 0.001/'
-    FLAGS=()
-    flag --max_epoch "$MAX_EPOCH"
-    flag --max_steps "$MAX_STEPS"
-    flag --total_minutes "$MINUTES_WORDS"
-    how --num_threads "$THREADS_A_JOB" --device "$DEVICE" --check_every "$CHECK_EVERY"
-    step stage6-words "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model llm --config "$WORK_DIR/words.yaml" \
-        --train_data "$CORPUS/phrases/parquet/data.list" --cv_data "$CORPUS/dev/parquet/data.list" \
-        --checkpoint "$start" --model_dir "$EXP/words" --tensorboard_dir "$WORK_DIR/tensorboard/words" \
-        --dtype "${DTYPE_LLM:-$DTYPE}" "${FLAGS[@]}"
-    needs 6 "$EXP/words/metrics.jsonl"
-    gives "$EXP/words/words.pt"
-    step stage6-words-average "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/words/words.pt" \
-        --src_path "$EXP/words" --num 1
+    gives "$EXP/llm/llm.pt"
+    clears "$EXP/llm"
+    FLAGS=(--minutes "$MINUTES_LLM")
+    [[ -z "$MAX_STEPS" ]] || FLAGS=(--steps "$MAX_STEPS")
+    how --threads "$THREADS_A_JOB" --device "$DEVICE"
+    step stage6-llm "$PYTHON" "$HERE/teach_reading.py" --work-dir "$WORK_DIR" --config "$CONFIG" \
+        --splits "$(IFS=, && echo "${LLM_SPLITS[*]}")" --batch-positions $((4000 * BATCH_FACTOR)) --dtype "$DTYPE_LLM" \
+        "${FLAGS[@]}"
 }
 
 # shellcheck disable=SC2317 # `together` runs it
 train_model() {
-    local minutes="MINUTES_${1^^}"
-    local data="$CORPUS/train/parquet/data.list" dtype="$DTYPE"
-    needs 5 "$CORPUS"/{train,phrases,dev}/parquet/data.list
-    FLAGS=()
-    if [[ "$1" == llm ]]; then # words and short phrases as well; 16 bits make its products faster
-        train_words
-        FLAGS=(--checkpoint "$EXP/words/words.pt")
-        data="$WORK_DIR/llm_data.list" dtype="${DTYPE_LLM:-$DTYPE}"
-        cat "$CORPUS"/{phrases,train}/parquet/data.list >"$data.new"
-        cmp -s "$data.new" "$data" || cp "$data.new" "$data" # a mark knows it by its time
-        rm "$data.new"
+    if [[ "$1" == llm ]]; then
+        train_llm
+        return
     fi
-    configure "$1" 4000
+    local minutes="MINUTES_${1^^}" config="$WORK_DIR/$1.yaml" data="$CORPUS/train/parquet/data.list"
+    needs 5 "$CORPUS"/{train,dev}/parquet/data.list
+    if [[ "$1" == flow && " ${SPLITS[*]} " == *" lively "* ]]; then
+        needs 5 "$CORPUS/lively/parquet/data.list"
+        expect_needs stage6-flow
+        data="$WORK_DIR/flow_data.list"
+        cat "$CORPUS"/{train,lively}/parquet/data.list >"$data.new"
+        keep "$data"
+    fi
+    sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $((4000 * BATCH_FACTOR))/" \
+        -e "s/^    batch_size: 8$/    batch_size: $((8 * BATCH_FACTOR))/" "$CONFIG" >"$config.new"
+    keep "$config"
     gives "$EXP/$1/metrics.jsonl"
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
+    FLAGS=()
     flag --max_epoch "$MAX_EPOCH"
     flag --max_steps "$MAX_STEPS"
     flag --total_minutes "${!minutes}"
     how --num_threads "$THREADS_A_JOB" --device "$DEVICE" --check_every "$CHECK_EVERY"
-    step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$WORK_DIR/$1.yaml" \
+    step "stage6-$1" "$PYTHON" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$config" \
         --train_data "$data" --cv_data "$CORPUS/dev/parquet/data.list" \
-        --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$dtype" "${FLAGS[@]}"
+        --model_dir "$EXP/$1" --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$DTYPE" "${FLAGS[@]}"
     needs 6 "$EXP/$1/metrics.jsonl"
     gives "$EXP/$1/$1.pt"
     step "stage6-$1-average" "$PYTHON" "$COSYVOICE/cosyvoice/bin/average_model.py" --dst_model "$EXP/$1/$1.pt" \
@@ -217,6 +214,7 @@ assemble() {
     needs 3 "$CORPUS/train/spk2embedding.pt"
     needs 6 "$EXP/llm/llm.pt" "$EXP/flow/flow.pt" "$EXP/hifigan/hifigan.pt"
     needs 7 "$WORK_DIR/whisper/model.safetensors"
+    [[ ! -e "$WORK_DIR/taste.pt" ]] || needs "train_taste.py, by hand" "$WORK_DIR/taste.pt"
     gives "$OUTPUT/README.md" "$OUTPUT/spk2info.pt"
     step stage8 "$PYTHON" "$HERE/assemble.py" --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
 }
@@ -251,6 +249,10 @@ main() {
     NUM_THREADS="${NUM_THREADS:-$(nproc)}"
     expect_number NUM_THREADS JOBS AVERAGE_NUM BATCH_FACTOR CHECK_EVERY
     find_python "$REPOSITORY"
+    [[ "$LIVELY_HOURS" =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse_usage "LIVELY_HOURS is '$LIVELY_HOURS', expected a number"
+    if [[ ! "$LIVELY_HOURS" =~ [1-9] ]]; then
+        SPLITS=(train phrases dev test) LLM_SPLITS=(train phrases) PACKED=(train dev)
+    fi
     OUTPUT="${OUTPUT:-$WORK_DIR/CosyVoice-tiny}"
     CORPUS="$WORK_DIR/corpus" EXP="$WORK_DIR/exp"
     S3_TOKENIZER="$WORK_DIR/s3_tokenizer/speech_tokenizer_v1.onnx"
@@ -262,7 +264,7 @@ main() {
     if stage 2 "speaker encoder"; then train_speaker_encoder; fi
     if stage 3 "speaker vectors"; then for split in "${SPLITS[@]}"; do embed_split "$split"; done; fi
     if stage 4 "speech tokens"; then for split in "${SPLITS[@]}"; do tokenize_split "$split"; done; fi
-    if stage 5 "Parquet shards"; then for split in "${SPLITS[@]}"; do pack_split "$split"; done; fi
+    if stage 5 "Parquet shards"; then for split in "${PACKED[@]}"; do pack_split "$split"; done; fi
     if stage 6 "llm, flow, hifigan"; then together "$JOBS" train_model hifigan llm flow; fi # the longest first
     if stage 7 "Whisper encoder"; then train_whisper; fi
     if stage 8 "assembly"; then assemble; fi

@@ -1,8 +1,8 @@
 """Teach the tiny recipe's language model to read: to know, at each unit, which of its text tokens is being spoken.
 
-In: `<work-dir>/corpus/<split>/{wav.scp,text,phones,utt2speech_token.pt,utt2embedding.pt}`, and the weights that
-start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, metrics.jsonl, metrics.json, settings.json, loss_curve.png,
-and state.pt, from which a run that was stopped goes on.
+In: `<work-dir>/corpus/<split>/{wav.scp,text,utt2spk,phones,utt2speech_token.pt,utt2embedding.pt}`, and the weights
+that start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, metrics.jsonl (as train.py writes it), loss_curve.png,
+settings.json, and state.pt, from which a run that was stopped goes on.
 
     python CosyVoice/examples/tiny/teach_reading.py --work-dir CosyVoice/examples/tiny/work --minutes 40
     python CosyVoice/examples/tiny/teach_reading.py --work-dir /tmp/work --steps 20 --batch-positions 800      (a look)
@@ -17,10 +17,9 @@ saved.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,23 +36,23 @@ from flite_speech import find_flite  # noqa: E402
 from packed_features import PackedRows, cut_batches  # noqa: E402
 from reading_lessons import Lessons, ReadingLessons  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from word_times import Span, bare, pronounce, token_spans  # noqa: E402
+from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
+from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
+from taste.provenance import file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.text import tokenize  # noqa: E402
 
-# U utterances   B batch   T text tokens   S S3 units, 50 Hz
+# B batch   T text tokens   S S3 units, 50 Hz
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # the recipe's folder
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the language model
 LLM = None  # str: weights to start from; none: <work-dir>/llm_start/llm.pt
 SPLITS = ("train", "phrases", "lively")  # of the corpus, to learn from
-DEV = ("dev",)  # splits to measure
+DEV = "dev"  # the split that is measured
 STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
 MINUTES = None  # float: train by the clock instead; the schedule follows it
 BATCH_POSITIONS = 4_000  # of the language model in a batch, padding included; 20,000 on a GPU
@@ -64,22 +63,24 @@ GUIDE_WEIGHT = 0.5  # of the lesson for the attention heads
 PHONE_WEIGHT = 0.3  # of the lesson for the phone
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
 HIDE_UNITS = 0.15  # share of the units that are hidden in these
-CHECK_EVERY = 500  # steps between two evaluations
+CHECK_EVERY = 500  # steps between two evaluations on DEV
 SAVE_MINUTES = 5.0  # between two saves
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 SEED = 1986  # of the order of the data, of what is hidden, of dropout
 THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_LOG_EVERY = 20  # steps
+_LOG_EVERY = 20  # steps; a GPU is waited for no more often
+_SAY_EVERY = 100  # steps
 _SCHEDULE = 10_000  # parts that the schedule is cut into
 _MEASURED_POSITIONS = 20_000  # of a batch that is measured
 _EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
 _ADAM_BETAS = (0.9, 0.98)
 _DECIDES_TRAINING = (
-    *("llm", "splits", "steps", "minutes", "batch_positions", "lr", "weight_decay", "grad_clip", "guide_weight"),
+    *("splits", "steps", "minutes", "batch_positions", "lr", "weight_decay", "grad_clip", "guide_weight"),
     *("phone_weight", "hide_rows", "hide_units", "dtype", "seed"),
 )
+_DTYPES = ("float32", "bfloat16")
 
 
 class Aligned(NamedTuple):
@@ -111,22 +112,25 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     Raises:
         OSError, ValueError: the message is for the person at the keyboard.
     """
+    if settings.dtype not in _DTYPES:
+        raise ValueError(f"DTYPE is {settings.dtype!r}; expected {' or '.join(_DTYPES)}")
     folder = settings.work_dir / "exp" / "llm"
+    start = Path(settings.llm or settings.work_dir / "llm_start" / "llm.pt")
+    if not start.is_file():
+        raise FileNotFoundError(f"{start}: there is no such file; run start_llm.py first, or give --llm")
     print(f"settings of {folder}:\n{settings.describe()}\n")
     settings.save(folder / "settings.json")
     device = pick_device(settings.device)
     torch.set_float32_matmul_precision("high")
-    splits = {name: read_aligned(settings, name) for name in (*settings.splits, *settings.dev)}
-    learned = AlignedSet([item for name in settings.splits for item in splits[name]], device)
-    measured = {name: AlignedSet(splits[name], device) for name in settings.dev}
+    learned = AlignedSet([item for name in settings.splits for item in read_aligned(settings, name)], device)
+    measured = AlignedSet(read_aligned(settings, settings.dev), device)
 
     torch.manual_seed(settings.seed)
     llm = load_model(settings.config, "llm")
-    path = Path(settings.llm or settings.work_dir / "llm_start" / "llm.pt")
-    load_state(llm, read_weights(path), path)
+    load_state(llm, read_weights(start), start)
     llm.text_embedding.requires_grad_(False)  # start_llm.py has taught them, and features that hold them stay valid
     lessons = ReadingLessons(llm.float()).to(device)
-    teaching = Teaching(settings, folder, lessons, learned, measured)
+    teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start))
     print(f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device}")
     return teaching.until_the_end(stop_requested)
 
@@ -155,7 +159,7 @@ def read_aligned(settings: Settings, split: str) -> list[Aligned]:
             "run stages 3 and 4 of run.sh"
         )
     tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce({bare(word) for item in spoken for word in item.text.split()} - {""}, find_flite())
+    lexicon = pronounce_texts(spoken, find_flite())
     return [
         align_units(item, tokenizer, lexicon, units[item.utt_id], speakers[item.utt_id])
         for item in tqdm(spoken, desc=f"alignments, {split}", mininterval=2)
@@ -166,13 +170,11 @@ def align_units(
     spoken: Spoken, tokenizer: Any, lexicon: dict[str, tuple[str, ...]], units: Sequence[int], speaker: Sequence[float]
 ) -> Aligned:
     """Say which token and which phone each unit belongs to."""
-    text = tokenize(tokenizer, spoken.text)
-    pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
-    spans = token_spans(pieces, text.word_ids, spoken.phones, lexicon)
+    timed = time_tokens(spoken, tokenizer, lexicon)
     return Aligned(
-        torch.tensor(text.tokens),
+        torch.tensor(timed.tokens),
         torch.as_tensor(units, dtype=torch.int64),
-        torch.from_numpy(unit_owners(spans, len(units))),
+        torch.from_numpy(unit_owners(timed.spans, len(units))),
         torch.from_numpy(phone_classes(spoken.phones, len(units))),
         torch.as_tensor(speaker, dtype=torch.float32),
     )
@@ -246,7 +248,8 @@ class Teaching:
         folder: where everything is written.
         lessons: the language model inside its lessons, on the device.
         learned: utterances to learn from.
-        measured: utterances to measure, by name.
+        measured: utterances to measure.
+        start: names the weights that it begins with.
     """
 
     def __init__(
@@ -255,10 +258,11 @@ class Teaching:
         folder: Path,
         lessons: ReadingLessons,
         learned: AlignedSet,
-        measured: dict[str, AlignedSet],
+        measured: AlignedSet,
+        start: str,
     ) -> None:
         self.settings, self.folder, self.lessons = settings, folder, lessons
-        self.learned, self.measured = learned, measured
+        self.learned, self.measured, self.start = learned, measured, start
         learning = [weight for weight in lessons.parameters() if weight.requires_grad]
         matrices, others = ([weight for weight in learning if (weight.dim() > 1) == wanted] for wanted in (True, False))
         self.optimizer = torch.optim.AdamW(
@@ -268,12 +272,13 @@ class Teaching:
         )
         self.learning = learning
         self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
-        self.history: list[dict[str, Any]] = []
+        self.measured_at = -1  # step
         self.batches: list[list[int]] = []  # of the epoch in work
+        self.unlogged: list[Tensor] = []  # of the steps since the last line
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, but for weights and optimizer."""
-        return {name: getattr(self, name) for name in ("step", "epoch", "place", "seconds", "history")}
+        return {name: getattr(self, name) for name in ("step", "epoch", "place", "seconds", "measured_at")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave.
@@ -294,21 +299,20 @@ class Teaching:
             False where it was asked to stop.
 
         Raises:
-            ValueError: a loss is no number, or the saved state is of other settings.
+            ValueError: a loss is no number (what was saved is from before), or the saved state is of other settings.
         """
         resume(self.folder / "state.pt", self._parts(), self._deciding())
+        self.log = TrainLog(self.folder, None, self.step, active=True)
         if self.step:
-            print(f"going on from step {self.step}", flush=True)
+            self.log.say(f"going on from step {self.step}")
         clock = saved = time.perf_counter()
-        unlogged: list[Tensor] = []
         while (share := self._share()) < 1:
             if stop_requested():
                 self._save()
                 return False
-            unlogged.append(self._one_step(share))
+            self.unlogged.append(self._one_step(share))
             if self.step % _LOG_EVERY == 0:
-                self._log(share, torch.stack(unlogged).mean(dim=0).tolist())
-                unlogged = []
+                self._log()
             if self.step % self.settings.check_every == 0:
                 self._measure()
             if time.perf_counter() - saved > 60 * self.settings.save_minutes:
@@ -316,7 +320,7 @@ class Teaching:
                 saved = time.perf_counter()
             self.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-        if not self.history or self.history[-1]["step"] != self.step:
+        if self.measured_at != self.step:
             self._measure()
         self._save()
         return True
@@ -346,16 +350,14 @@ class Teaching:
 
     def _next_rows(self) -> list[int]:
         """The utterances of the next batch; epoch and place tell which one that is, also after a restart."""
-        for _ in range(2):  # a state may have been saved at an epoch's end
-            if not self.batches:
-                self.batches = cut_batches(
-                    self.learned.positions, self.settings.batch_positions, self.settings.seed, self.epoch
-                )
-            if self.place < len(self.batches):
-                break
-            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
+        if not self.batches:
+            settings = self.settings
+            self.batches = cut_batches(self.learned.positions, settings.batch_positions, settings.seed, self.epoch)
+        rows = self.batches[self.place]
         self.place += 1
-        return self.batches[self.place - 1]
+        if self.place == len(self.batches):
+            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
+        return rows
 
     def _kept_units(self, units: Tensor) -> Tensor:
         """Which units the language model may see, [B, S], bool."""
@@ -363,52 +365,56 @@ class Teaching:
         rows = torch.rand(len(units), 1, device=units.device) < settings.hide_rows
         return ~(rows & (torch.rand(units.shape, device=units.device) < settings.hide_units))
 
-    def _log(self, share: float, values: list[float]) -> None:
-        if not np.isfinite(values).all():
-            raise ValueError(f"step {self.step}: {dict(zip(_LOGGED, values, strict=True))}; lower LR and start again")
-        named = dict(zip(_LOGGED, values, strict=True))
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, "seconds": self.seconds, **named}) + "\n")
-        if self.step % (5 * _LOG_EVERY) == 0:
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in named.items())
+    def _log(self) -> None:
+        """Note the mean of the steps since the last line; a loss that is no number ends the training."""
+        if not self.unlogged:
+            return
+        means = torch.stack(self.unlogged).mean(dim=0).tolist()
+        values = dict(zip((*Lessons._fields, "grad_norm"), means, strict=True))
+        if not np.isfinite(means).all():
+            raise ValueError(f"no finite loss between steps {self.step - len(self.unlogged)} and {self.step}: {values}")
+        self.unlogged = []
+        values |= {"lr": self.optimizer.param_groups[0]["lr"]}
+        self.log.add(TRAIN_TAG, self.epoch, self.step, values)
+        if self.step % _SAY_EVERY == 0:
             speed = self.step / max(self.seconds, 1e-9)
-            print(f"step {self.step:6d}  {share:4.0%}  {speed:5.1f} steps/s  {shown}", flush=True)
+            self.log.say(f"step {self.step}  {self._share():.0%}  {speed:.1f} steps/s  {_shown(values)}")
 
     @torch.inference_mode()
     def _measure(self) -> None:
-        """Score the measured splits with their own texts and with others'."""
+        """Score the measured utterances with their own texts and with others'."""
         self.lessons.eval()
-        entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
-        for name, items in self.measured.items():
-            sums, wrong, targets = np.zeros(len(Lessons._fields)), 0.0, 0
-            for chosen in cut_batches(items.positions, _MEASURED_POSITIONS):
-                others = [(number + len(items) // 2) % len(items) for number in chosen]
-                count = int(items.units.lengths[chosen].sum()) + len(chosen)
-                sums += count * np.array(torch.stack([*self.lessons(items.batch(chosen))]).tolist())
-                wrong += count * float(self.lessons(items.batch(chosen, texts=others), lessons=False).loss)
-                targets += count
-            entry[name] = {**dict(zip(Lessons._fields, (sums / targets).tolist(), strict=True))}
-            entry[name]["loss_with_wrong_text"] = wrong / targets
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in entry[name].items())
-            print(f"-- {name} after {self.step} steps, {self.epoch} passes: {shown}", flush=True)
-        self.history.append(entry)
+        items = self.measured
+        sums, wrong, targets = np.zeros(len(Lessons._fields)), 0.0, 0
+        for chosen in cut_batches(items.positions, _MEASURED_POSITIONS):
+            others = [(number + len(items) // 2) % len(items) for number in chosen]
+            count = int(items.units.lengths[chosen].sum()) + len(chosen)
+            sums += count * np.array(torch.stack([*self.lessons(items.batch(chosen))]).tolist())
+            wrong += count * float(self.lessons(items.batch(chosen, texts=others), lessons=False).loss)
+            targets += count
+        values = dict(zip(Lessons._fields, (sums / targets).tolist(), strict=True))
+        values |= {"loss_with_wrong_text": wrong / targets, "seconds": self.seconds}
+        self.measured_at = self.step
+        self.log.add(CV_TAG, self.epoch, self.step, values)
+        self.log.draw("a language model learns to read")
+        self.log.say(f"-- {self.settings.dev} after {self.step} steps, {self.epoch} passes: {_shown(values)}")
 
     def _save(self) -> None:
+        self._log()  # nothing is saved after a loss that is no number
         save_checkpoint(self.folder / "state.pt", self.epoch, self._parts(), self._deciding())
         weights = {name: value.detach().cpu() for name, value in self.lessons.llm.state_dict().items()}
         save_file(self.folder / "llm.pt", weights)
-        with atomic_path(self.folder / "metrics.json") as temporary:
-            temporary.write_text(json.dumps({"seconds": self.seconds, "dev": self.history}, indent=1), encoding="utf-8")
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.lessons, "optimizer": self.optimizer, "progress": self}
 
     def _deciding(self) -> dict[str, Any]:
         values = self.settings.to_dict()
-        return {name: values[name] for name in _DECIDES_TRAINING}
+        return {"start": self.start, **{name: values[name] for name in _DECIDES_TRAINING}}
 
 
-_LOGGED = (*Lessons._fields, "gradient_norm")
+def _shown(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":
