@@ -36,7 +36,7 @@ def demo() -> list[str]:
 
 @pytest.fixture(scope="module")
 def plan(maker: dict[str, Any], demo: list[str]) -> list[Any]:
-    return maker["plan_corpus"](0.12, 44, 44, 7, demo)
+    return maker["plan_corpus"](0.12, 0.03, 44, 44, 7, demo)
 
 
 def readings(plan: list[Any], split: str) -> list[Any]:
@@ -100,7 +100,7 @@ def test_every_speaker_is_in_dev_and_test_and_has_one_pitch(maker: dict[str, Any
     speakers = {speaker.speaker_id: speaker for speaker in maker["plan_speakers"](7)}
     assert len(speakers) == 44
     assert len({(speaker.voice, speaker.pitch) for speaker in speakers.values()}) == 44
-    for split in ("dev", "test"):
+    for split in ("dev", "test", "lively_dev"):
         assert {item.speaker_id for item in plan if item.reading.split == split} == set(speakers)
     for item in plan:
         speaker = speakers[item.speaker_id]
@@ -111,9 +111,29 @@ def test_every_speaker_is_in_dev_and_test_and_has_one_pitch(maker: dict[str, Any
 def test_the_same_seed_gives_the_same_plan_and_another_seed_another(
     maker: dict[str, Any], plan: list[Any], demo: list[str]
 ) -> None:
-    again = maker["plan_corpus"](0.01, 3, 3, 7, demo)
-    assert again == maker["plan_corpus"](0.01, 3, 3, 7, demo)
-    assert again[-3:] != maker["plan_corpus"](0.01, 3, 3, 8, demo)[-3:]
+    again = maker["plan_corpus"](0.01, 0.01, 3, 3, 7, demo)
+    assert again == maker["plan_corpus"](0.01, 0.01, 3, 3, 7, demo)
+    assert again[-3:] != maker["plan_corpus"](0.01, 0.01, 3, 3, 8, demo)[-3:]
+
+
+def test_words_of_lively_splits_have_rates_of_their_own_and_others_have_none(plan: list[Any]) -> None:
+    for item in plan:
+        reading = item.reading
+        if reading.split.startswith("lively"):
+            assert len(reading.word_rates) == len(reading.text.split()) > len(set(reading.pauses))
+        else:
+            assert reading.word_rates == reading.pauses == ()
+    rates = [rate for item in plan for rate in item.reading.word_rates]
+    assert 0.6 <= min(rates) < 0.65 and 1.5 < max(rates) <= 1.6
+    assert 0.4 < sum(rate < (0.6 * 1.6) ** 0.5 for rate in rates) / len(rates) < 0.6
+    assert 0.05 < sum(len(item.reading.pauses) for item in plan) / len(rates) < 0.2
+
+
+def test_without_lively_hours_the_other_splits_are_the_same(
+    maker: dict[str, Any], plan: list[Any], demo: list[str]
+) -> None:
+    without = maker["plan_corpus"](0.12, 0, 44, 44, 7, demo)
+    assert without == [item for item in plan if not item.reading.split.startswith("lively")]
 
 
 def test_verbs_are_inflected(maker: dict[str, Any]) -> None:
@@ -149,13 +169,13 @@ def work_dir(maker: dict[str, Any], flite: str, tmp_path_factory: pytest.TempPat
     return folder
 
 
-SMALL = ["--hours", "0.003", "--dev", "2", "--test", "2"]
+SMALL = ["--hours", "0.003", "--lively-hours", "0.003", "--dev", "2", "--test", "2"]
 
 
 def test_lists_recordings_and_phones_agree(work_dir: Path) -> None:
     corpus = work_dir / "corpus"
     assert (corpus / ".done").is_file()
-    for split in ("train", "dev", "test"):
+    for split in ("train", "phrases", "lively", "dev", "test", "lively_dev"):
         tables = {
             name: dict(line.split(maxsplit=1) for line in (corpus / split / name).read_text().splitlines())
             for name in ("wav.scp", "text", "utt2spk", "phones")
@@ -172,6 +192,38 @@ def test_lists_recordings_and_phones_agree(work_dir: Path) -> None:
             assert ends[-1] == pytest.approx(info.duration, abs=0.15)
             assert {phone for phone, _ in phones} <= US_ENGLISH_PHONES | {"pau"}
     assert json.loads((corpus / "corpus.json").read_text())["train"]["hours"] > 0
+
+
+def read_aloud(maker: dict[str, Any], flite: str, text: str = "The grey heron waited.", **changes: Any) -> Any:
+    reading = maker["Reading"]("train", "utt", "slt", text, 1.0, 1.0, 0.5)._replace(**changes)
+    return maker["synthesise"](reading, flite)
+
+
+def test_words_at_a_rate_of_one_are_read_as_without_rates(maker: dict[str, Any], flite: str) -> None:
+    plain, lively = (read_aloud(maker, flite, rate=0.9, word_rates=rates) for rates in ((), (1.0,) * 4))
+    assert (plain.waveform == lively.waveform).all() and plain.phones == lively.phones
+
+
+def test_a_word_at_half_the_rate_lasts_twice_as_long_and_the_others_as_long_as_before(
+    maker: dict[str, Any], flite: str
+) -> None:
+    plain = read_aloud(maker, flite)
+    slow = read_aloud(maker, flite, word_rates=(1.0, 1.0, 0.5, 1.0))
+    assert [phone for phone, _ in plain.phones] == [phone for phone, _ in slow.phones]
+    seconds = [[end - start for (_, start), (_, end) in pairwise(speech.phones)] for speech in (plain, slow)]
+    phones = [phone for phone, _ in plain.phones][1:]
+    heron = slice(phones.index("hh"), phones.index("w"))  # dh ax g r ey | hh eh r ax n | w ey t ax d
+    before, after = (sum(row[heron]) for row in seconds)
+    assert after == pytest.approx(2 * before, rel=0.02)
+    assert sum(seconds[1]) - after == pytest.approx(sum(seconds[0]) - before, abs=0.02)
+
+
+def test_a_pause_is_heard_behind_its_word(maker: dict[str, Any], flite: str) -> None:
+    spoken = read_aloud(maker, flite, word_rates=(1.0,) * 4, pauses=(1,)).phones
+    phones = [phone for phone, _ in spoken]
+    place = phones.index("ey") + 1
+    assert phones[place : place + 2] == ["pau", "hh"]
+    assert spoken[place][1] - spoken[place - 1][1] > 0.05
 
 
 def test_a_rerun_makes_only_what_is_missing(maker: dict[str, Any], work_dir: Path) -> None:

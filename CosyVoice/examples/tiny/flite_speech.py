@@ -32,7 +32,7 @@ PAUSE_SHARE = 0.12  # of the words read lively that a pause follows
 class Reading(NamedTuple):
     """One sentence and how it is read."""
 
-    split: str  # "train", "dev" or "test"
+    split: str  # of the corpus, such as "train"
     utt_id: str
     voice: str
     text: str
@@ -72,7 +72,7 @@ def read_lively(reading: Reading, draw: random.Random) -> Reading:
         draw: what rates and pauses are drawn with.
 
     Returns:
-        the same reading with `word_rates`, as likely twice as fast as half as fast, and `pauses`.
+        the same reading with `word_rates`, spread evenly over the logarithm of WORD_RATES, and `pauses`.
     """
     count = len(reading.text.split())
     slowest, fastest = WORD_RATES

@@ -126,7 +126,7 @@ def plan_corpus(
 
     Args:
         hours: speech in train, by an estimate that is a few per cent off.
-        lively_hours: speech in lively, by the same estimate; 0: neither lively nor lively_dev.
+        lively_hours: speech in lively, by the same estimate, pauses not counted; 0: neither lively nor lively_dev.
         dev: utterances in dev, and in lively_dev.
         test: utterances in test.
         seed: of everything drawn.
@@ -339,8 +339,8 @@ def claim_folder(corpus: Path, plan: Sequence[Planned]) -> None:
     mark = corpus / "plan.sha256"
     if mark.exists() and mark.read_text(encoding="utf-8").strip() != fingerprint:
         raise ValueError(
-            f"{corpus} holds a corpus made with other settings (--hours, --dev, --test, --seed) or by another grammar; "
-            f"remove it (rm -r {corpus}) or give another --work-dir"
+            f"{corpus} holds a corpus made with other settings (--hours, --lively-hours, --dev, --test, --seed) or by "
+            f"another grammar; remove it (rm -r {corpus}) or give another --work-dir"
         )
     with atomic_path(mark) as temporary:
         temporary.write_text(fingerprint + "\n", encoding="utf-8")
