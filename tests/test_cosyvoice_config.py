@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cosyvoice.utils.config import MAX_FILE_BYTES, MODEL_KEYS, Call, ConfigError, load_config, read_config
+from cosyvoice.utils.config import MAX_FILE_BYTES, MODEL_KEYS, Call, ConfigError, has_key, load_config, read_config
+from cosyvoice.utils.train_utils import pipeline_key
 
 DATA_DIR = Path(__file__).parent / "data"
 RELEASED_STYLE = DATA_DIR / "cosyvoice_300m.yaml"
@@ -289,6 +290,25 @@ def test_a_training_configuration_gives_both_pipelines_and_both_trainings(path, 
     assert names[:2] == ["parquet_opener", "tokenize"] and names[-2:] == ["batch", "padding"]
     assert {step.func.__name__ for step in built["data_pipeline_gan"]} > {"truncate", "compute_f0"}
     assert built["train_conf"]["scheduler"] == schedule and built["train_conf_gan"]["accum_grad"] == 1
+
+
+def test_a_model_has_the_pipeline_of_its_own_where_the_configuration_has_one(write):
+    assert [pipeline_key(TINY_SIZES, model) for model in ("llm", "flow", "hifigan")] == [
+        *("data_pipeline_llm", "data_pipeline", "data_pipeline_gan")
+    ]
+    assert {pipeline_key(RELEASED_SIZES, model) for model in ("llm", "flow")} == {"data_pipeline"}
+    steps = [step.func.__name__ for step in load_config(TINY_SIZES, ["data_pipeline_llm"])["data_pipeline_llm"]]
+    assert "frames_of_tokens" in steps and not {"filter", "resample", "compute_fbank"} & set(steps)
+    path = write("data_pipeline: []\ndata_pipeline_gan_hifigan: []\n")
+    assert [pipeline_key(path, model) for model in ("llm", "hifigan")] == ["data_pipeline", "data_pipeline_gan_hifigan"]
+
+
+def test_a_key_is_found_without_building_anything(write, trap):
+    path = write("llm: !new:cosyvoice.llm.llm.TransformerLM {nonsense: 1}\nnested: {deep: 1}\n")
+    assert has_key(path, "llm") and not has_key(path, "deep")
+    with pytest.raises(ConfigError):
+        has_key(write("llm: !new:trap.Spring\n"), "llm")
+    assert trap() == []
 
 
 def test_the_tiny_configuration_has_the_keys_of_the_released_one():

@@ -77,6 +77,37 @@ def assert_equal(some: list[dict], others: list[dict]) -> None:
             assert torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key], key
 
 
+# ---- without sound
+
+
+def test_a_language_models_batches_are_those_of_the_full_pipeline(data_list: Path) -> None:
+    light = [step for step in pipeline() if step.func not in (processor.filter, processor.resample)]
+    place = next(number for number, step in enumerate(light) if step.func is processor.compute_fbank)
+    light[place] = partial(processor.frames_of_tokens, sample_rate=22050, hop_size=256)
+    for number in (0, 1):
+        dataset = Dataset(data_list, light)
+        dataset.set_epoch(number)
+        found, expected = list(dataset), epoch(data_list, number)
+        assert len(expected) > 2
+        for batch in (*found, *expected):
+            del batch["speech_feat"]
+        for one, other in zip(found, expected, strict=True):
+            assert (one.pop("speech_feat_len") - other.pop("speech_feat_len")).abs().max() <= 1
+        assert_equal(found, expected)
+
+
+def test_frames_of_tokens_hears_no_sound_and_checks_the_tokens() -> None:
+    def frames(tokens: list[int] | None) -> dict[str, Any]:
+        sample = {"utt": "a", "src": "shard", "audio_data": b"no sound", "speech_token": tokens, "text_token": [1]}
+        return next(iter(processor.frames_of_tokens([sample], sample_rate=22050, hop_size=256)))
+
+    sample = frames([7] * 100)  # two seconds
+    assert sample["speech_feat"].shape == (172, 0) and "audio_data" not in sample
+    for wrong in ([], None, [4096], [-1]):
+        with pytest.raises(DataError, match=r"a.*speech tokens"):
+            frames(wrong)
+
+
 # ---- order
 
 

@@ -173,7 +173,7 @@ def frames_of_tokens(data: Iterable[Sample], sample_rate: int, hop_size: int, mo
     """Stand in for filter, resample and compute_fbank where only the language model learns, which hears no sound.
 
     Decoding and mels take most of the first epoch. What is left of them is their length, by which utterances are
-    sorted and batched; it follows from the number of speech tokens.
+    sorted and batched; it follows from the number of speech tokens. Nothing is dropped for its length.
 
     Args:
         data: utterances with `text_token`.
