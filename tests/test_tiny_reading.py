@@ -1,0 +1,308 @@
+"""How the tiny recipe's language model learns to read: what it is shown, what is hidden, and that a run goes on."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
+from taste.interrupt import StopRequest
+from taste.threads import torch_threads_kept
+
+TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
+sys.path.insert(0, str(TINY))
+
+import reading_lessons  # noqa: E402
+import teach_reading  # noqa: E402
+from reading_lessons import ReadingLessons, log_weights  # noqa: E402
+from teach_reading import Aligned, AlignedSet, unit_owners  # noqa: E402
+from word_times import Span  # noqa: E402
+
+from cosyvoice.utils.train_utils import load_model  # noqa: E402
+from tests.small_corpus import LEXICON, write_spoken_corpus  # noqa: E402
+from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
+
+ALL_TEXT_TOKENS = 51_866
+LM_LAYERS = "linear_units: 32\n        input_layer: 'linear_legacy'"
+QUICK = ("--batch-positions", "200", "--check-every", "3", "--device", "cpu")
+SIZES = {"train": 14, "phrases": 3, "lively": 3, "dev": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_threads() -> Iterator[None]:
+    with torch_threads_kept():
+        torch.set_num_threads(1)
+        yield
+
+
+def write_deep_config(path: Path, text_tokens: int = TEXT_TOKENS) -> Path:
+    """A small configuration whose language model has as many layers as the lessons need."""
+    write_config(
+        path,
+        {
+            f"num_blocks: 1\n        attention_heads: 2\n        {LM_LAYERS}": "num_blocks: 4\n"
+            + 8 * " "
+            + f"attention_heads: 2\n        {LM_LAYERS}",
+            f"text_token_size: {TEXT_TOKENS}": f"text_token_size: {text_tokens}",
+        },
+    )
+    return path
+
+
+# ---- the lessons
+
+
+@pytest.fixture
+def lessons(tmp_path: Path) -> ReadingLessons:
+    torch.manual_seed(0)
+    llm = load_model(write_deep_config(tmp_path / "deep.yaml"), "llm")
+    for layer in llm.llm.encoders:
+        for linear in (layer.self_attn.linear_q, layer.self_attn.linear_k, layer.self_attn.linear_pos):
+            linear.weight.data *= 3.0  # so that attention prefers some positions
+    return ReadingLessons(llm).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of different lengths, the second with padding in text and units."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "text_token": torch.randint(0, TEXT_TOKENS, (2, 5), generator=generator),
+        "text_token_len": torch.tensor([5, 3]),
+        "speech_token": torch.randint(0, CODES, (2, 12), generator=generator),
+        "speech_token_len": torch.tensor([12, 7]),
+        "embedding": torch.randn(2, 192, generator=generator),
+        "owner": torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4], [0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0]]),
+        "phone": torch.randint(0, 9, (2, 12), generator=generator),
+    }
+
+
+def real_weights(attention: RelPositionMultiHeadedAttention, x, distances, visible) -> torch.Tensor:
+    """What attention's own product computes, [B, H, L, K]: its values are replaced by rows of the identity."""
+    queries, seen = attention._project(x)
+    keys = x.shape[1]
+    seen = seen._replace(values=torch.eye(keys).expand(*seen.keys.shape[:2], keys, keys))
+    out, attention.linear_out = attention.linear_out, torch.nn.Identity()
+    try:
+        rows = attention._attend(queries, seen, attention.project_distances(distances), visible)
+    finally:
+        attention.linear_out = out
+    return rows.unflatten(2, (attention.heads, keys)).transpose(1, 2)
+
+
+def test_log_weights_are_those_of_the_attention() -> None:
+    torch.manual_seed(0)
+    attention = RelPositionMultiHeadedAttention(4, 32, 0.0)
+    x, distances = torch.randn(2, 9, 32), torch.randn(17, 32)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril() & (torch.arange(9) < torch.tensor([[[9]], [[6]]]))
+    for visible in (None, seen):
+        expected = real_weights(attention, x, distances, visible)[:, :3]
+        found = log_weights(attention, x, distances, visible, 3)
+        torch.testing.assert_close(found.exp(), expected, atol=1e-5, rtol=1e-4)
+    assert found[0, :, 0, 1:].isneginf().all()
+
+
+def test_heads_are_shown_the_token_of_the_next_unit_and_the_one_after_it(lessons, batch) -> None:
+    weights = []
+    for layer in reading_lessons.GUIDED_LAYERS:
+        attention = lessons.llm.llm.encoders[layer].self_attn
+        attention.register_forward_hook(lambda module, inputs, _: weights.append(real_weights(module, *inputs[:3])))
+    found = lessons(batch)
+    losses, hits = [], []
+    for layer in weights:
+        for row in range(2):
+            tokens, units = int(batch["text_token_len"][row]), int(batch["speech_token_len"][row])
+            for unit in range(units):
+                position = 2 + tokens + unit  # [sos] [speaker] [text] [task] unit 0 ..: of what unit is predicted by
+                owner = int(batch["owner"][row, unit])
+                for head, token in enumerate((owner, min(owner + 1, tokens - 1))):
+                    losses.append(-layer[row, head, position, 2 + token].log())
+                if layer is weights[-1]:
+                    hits.append(layer[row, 0, position].argmax() == 2 + owner)
+    torch.testing.assert_close(found.guide, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.found, torch.stack(hits).float().mean())
+
+
+def test_the_phone_of_the_next_unit_is_asked_for(lessons, batch) -> None:
+    hidden = []
+    lessons.llm.llm.register_forward_hook(lambda *call: hidden.append(call[2][0]))
+    found = lessons(batch)
+    rows = [hidden[0][row, 2 + tokens : 2 + tokens + units] for row, (tokens, units) in enumerate(((5, 12), (3, 7)))]
+    phones = torch.cat([batch["phone"][0], batch["phone"][1, :7]])
+    logits = lessons.phone_reader(torch.cat(rows))
+    torch.testing.assert_close(found.phone, F.cross_entropy(logits, phones))
+    torch.testing.assert_close(found.phone_acc, (logits.argmax(dim=1) == phones).float().mean())
+
+
+def test_the_published_loss_stays_what_it_is(lessons, batch) -> None:
+    published = lessons.llm(batch, "cpu")
+    for asked in (True, False):
+        found = lessons(batch, lessons=asked)
+        assert found.loss == published["loss"] and found.acc == published["acc"]
+    assert found.guide == found.phone == 0
+    text_of_another = {**batch, "text_token": batch["text_token"].flip(0), "text_token_len": torch.tensor([3, 5])}
+    assert lessons(text_of_another, lessons=False).loss != published["loss"]
+
+
+def test_hidden_units_cannot_be_seen(lessons, batch) -> None:
+    kept = torch.ones(2, 12, dtype=torch.bool)
+    kept[0, 4:6] = kept[1, 2] = False
+    other = {**batch, "speech_token": torch.where(kept, batch["speech_token"], (batch["speech_token"] + 1) % CODES)}
+    states = []
+    lessons.llm.llm.register_forward_hook(lambda *call: states.append(call[2][0]))
+    for each in (batch, other):
+        lessons(each, kept)
+    assert torch.equal(states[0], states[1])
+    for each in (batch, other):
+        lessons(each)
+    assert not torch.equal(states[2], states[0]) and not torch.equal(states[2], states[3])
+
+
+def test_a_model_with_too_few_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 1 layers, expected at least 4"):
+        ReadingLessons(load_model(write_config(tmp_path / "small.yaml"), "llm"))
+
+
+# ---- what is spoken when
+
+
+def test_a_unit_belongs_to_the_token_that_was_begun_last() -> None:
+    spans = [Span(0.1, 0.2), None, Span(0.2, 0.4), Span(0.5, 0.6)]
+    assert unit_owners(spans, 32).tolist() == [0] * 10 + [2] * 15 + [3] * 7
+    assert unit_owners([None, Span(0.0, 0.1)], 3).tolist() == [1, 1, 1]
+
+
+def test_utterances_can_be_read_another_text() -> None:
+    def item(number: int) -> Aligned:
+        units = torch.full((2 + number,), number)
+        return Aligned(torch.full((1 + number,), number), units, units, units, torch.full((192,), float(number)))
+
+    items = AlignedSet([item(number) for number in range(4)], torch.device("cpu"))
+    mixed = items.batch([1, 3], texts=[2, 0])
+    assert mixed["text_token"].tolist() == [[2, 2, 2], [0, 0, 0]] and mixed["text_token_len"].tolist() == [3, 1]
+    assert mixed["speech_token_len"].tolist() == [3, 5] and mixed["embedding"][:, 0].tolist() == [1, 3]
+    assert mixed["owner"][1].tolist() == mixed["phone"][1].tolist() == [3] * 5
+    assert items.batch([1, 3])["text_token_len"].tolist() == [2, 4]
+
+
+# ---- the training
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Teaches in a folder of its own; gives the folder of what it wrote."""
+    root = tmp_path_factory.mktemp("reading")
+    config = write_deep_config(root / "deep.yaml", ALL_TEXT_TOKENS)
+    torch.manual_seed(0)
+    torch.save(load_model(config, "llm").state_dict(), root / "start.pt")
+
+    def teach(name: str, *words: str, code: int = 0) -> Path:
+        work_dir = root / name
+        if not work_dir.exists():
+            write_spoken_corpus(work_dir, SIZES)
+        paths = ("--work-dir", str(work_dir), "--config", str(config), "--llm", str(root / "start.pt"))
+        assert teach_reading.main([*paths, *QUICK, *words]) == code
+        return work_dir / "exp" / "llm"
+
+    with pytest.MonkeyPatch.context() as patch:  # flite need not be there
+        patch.setattr(teach_reading, "find_flite", lambda: "no flite")
+        patch.setattr(teach_reading, "pronounce_texts", lambda spoken, flite: LEXICON)
+        yield teach
+
+
+def entries(folder: Path, tag: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in lines if entry["tag"] == tag]
+
+
+def test_all_three_lessons_are_learned(start) -> None:
+    folder = start("learns", "--steps", "80", "--lr", "0.01", "--batch-positions", "800", "--check-every", "40")
+    first, *_, last = entries(folder, "TRAIN")
+    assert [entry["step"] for entry in (first, last)] == [20, 80]
+    assert last["loss"] < 0.5 * first["loss"] and last["phone"] < 0.5 * first["phone"]
+    assert last["guide"] < 0.75 * first["guide"]
+    checked = entries(folder, "CV")
+    assert [entry["step"] for entry in checked] == [40, 80]
+    assert all(entry["loss_with_wrong_text"] != entry["loss"] for entry in checked)
+    assert (folder / "loss_curve.png").is_file()
+
+
+def test_text_embeddings_stay_as_they_were_and_everything_else_learns(start) -> None:
+    folder = start("embeddings", "--steps", "3")
+    before, after = (
+        torch.load(path, weights_only=True) for path in (folder.parents[2] / "start.pt", folder / "llm.pt")
+    )
+    assert before.keys() == after.keys()
+    same = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert same == {"text_embedding.weight"}
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = start("straight", "--steps", "11")
+    run = teach_reading.run
+    for stop_after in (4, 5):
+        asked = iter([False] * stop_after + [True])
+        with monkeypatch.context() as patch:
+            patch.setattr(teach_reading, "run", lambda settings, stop, asked=asked: run(settings, lambda: next(asked)))
+            patch.setattr(StopRequest, "exit_code", 130)
+            start("stopped", "--steps", "11", code=130)
+    stopped = start("stopped", "--steps", "11")
+    one, other = (torch.load(folder / "llm.pt", weights_only=True) for folder in (straight, stopped))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    losses = [[(entry["step"], entry["loss"]) for entry in entries(folder, "CV")] for folder in (straight, stopped)]
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [3, 6, 9, 11]
+
+
+def test_every_utterance_is_learned_from_once_in_a_pass(start) -> None:
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        next_rows = teach_reading.Teaching._next_rows
+        patch.setattr(teach_reading.Teaching, "_next_rows", lambda self: seen.append(next_rows(self)) or seen[-1])
+        start("passes", "--steps", "20")
+    rows = [row for batch in seen for row in batch]
+    learned = sum(count for split, count in SIZES.items() if split != "dev")
+    assert len(rows) > 2 * learned
+    for first in (0, learned):
+        assert sorted(rows[first : first + learned]) == list(range(learned))
+    assert rows[:learned] != rows[learned : 2 * learned]
+
+
+def test_other_settings_or_another_start_are_refused(start, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = start("settings", "--steps", "2")
+    capsys.readouterr()
+    start("settings", "--steps", "4", code=1)
+    assert "other settings (steps)" in capsys.readouterr().err
+    weights = torch.load(folder / "llm.pt", weights_only=True)
+    torch.save(weights, tmp_path / "other.pt")
+    start("settings", "--steps", "2", "--llm", str(tmp_path / "other.pt"), code=1)
+    assert "other settings (start)" in capsys.readouterr().err
+    start("settings", "--steps", "2", "--dtype", "fp16", code=1)
+    assert "expected float32 or bfloat16" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_told_and_not_saved(
+    start, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good = start("spoiled", "--steps", "1")
+    weights = torch.load(good / "llm.pt", weights_only=True)
+    weights["llm_decoder.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "spoiled.pt")
+    for name in ("state.pt", "llm.pt"):
+        (good / name).unlink()
+    start("spoiled", "--steps", "30", "--llm", str(tmp_path / "spoiled.pt"), "--save-minutes", "0", code=1)
+    assert "no finite loss between steps 0 and 1:" in capsys.readouterr().err
+    assert not (good / "llm.pt").exists() and not (good / "state.pt").exists()
+
+
+def test_what_is_missing_is_named(start, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = start("missing", "--steps", "1")
+    start("missing", "--llm", str(tmp_path / "none.pt"), code=1)
+    assert "none.pt: there is no such file; run start_llm.py" in capsys.readouterr().err
+    units = folder.parents[1] / "corpus" / "train" / "utt2speech_token.pt"
+    torch.save({name: value for name, value in torch.load(units).items() if name != "train-003"}, units)
+    start("missing", code=1)
+    assert "1 utterances have no speech tokens or no speaker vector, train-003 first" in capsys.readouterr().err
