@@ -210,6 +210,7 @@ def test_two_recipes_do_not_work_in_one_folder(recipe: Callable[..., tuple[int, 
         (LIBRITTS, ("--stage", "6"), 1, "(stage 5 makes it)"),
         (LIBRITTS, ("--help",), 0, "--stop-stage"),
         (TINY, ("--jobs", "none"), 2, "JOBS is 'none'"),
+        (TINY, ("--lively-hours", "some"), 2, "LIVELY_HOURS is 'some'"),
         (TINY, ("--stage", "1", "--device", "cpu"), 1, "(stage 0 makes it)"),
         (TINY, ("--stage", "3"), 1, "(stage 2 makes it)"),
         (TINY, ("--stage", "6"), 1, "stage6"),
@@ -388,8 +389,47 @@ def test_assembly_without_the_stages_names_them_and_leaves_nothing(
     assemble = load_script(TINY / "assemble.py")
     assert assemble.main(["--work-dir", str(tmp_path), "--output", str(tmp_path / "model")]) == 1
     text = capsys.readouterr().err
+    assert "taste.pt" not in text
     assert all(f"(stage {number})" in text for number in (1, 2, 3, 6, 7))
     assert not list(tmp_path.iterdir())
+
+
+def test_compressed_weights_are_read_as_others_are_and_are_smaller(tmp_path: Path) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    from cosyvoice.utils.model_dir import read_torch_file
+
+    state = {"signs": torch.randn(2000, 64).sign().half(), "steps": torch.tensor(3), "rows": torch.randn(4, 6)[:, ::2]}
+    for name in ("a.pt", "b.pt"):
+        assemble.save_compressed(state, tmp_path / name)
+    torch.save(state, tmp_path / "plain.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    assert (tmp_path / "a.pt").stat().st_size < 0.2 * (tmp_path / "plain.pt").stat().st_size
+    for read in (read_torch_file, lambda path: torch.load(path, weights_only=True)):
+        found = read(tmp_path / "a.pt")
+        assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_parts_that_hear_a_recording_are_taken_where_they_were_trained(tmp_path: Path, trained: bool) -> None:
+    assemble = load_script(TINY / "assemble.py")
+    from cosyvoice.utils.config import load_config
+
+    work, config = tmp_path / "work", TINY / "conf" / "cosyvoice.yaml"
+    others = ("s3_tokenizer/speech_tokenizer_v1.onnx", "speaker_encoder/campplus.onnx", "corpus/train/utt2spk")
+    for name in (*others, *(f"whisper/{name}" for name in assemble._WHISPER_FILES)):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("a slt-00\n")
+    torch.save({"a": [1.0] * 192}, work / "corpus/train/utt2embedding.pt")
+    for name, part in (("llm", "llm"), ("flow", "flow"), ("hifigan", "hift")):
+        (work / "exp" / name).mkdir(parents=True)
+        torch.save(load_config(config, [part])[part].state_dict(), work / "exp" / name / f"{name}.pt")
+    if trained:
+        (work / "taste.pt").write_bytes(b"parts")
+    (tmp_path / "model").mkdir()
+    assemble.build_folder(tmp_path / "model", work, config)
+    assert (tmp_path / "model" / "llm.pt").is_file()
+    assert (tmp_path / "model" / "taste.pt").exists() == trained
+    assert not trained or (tmp_path / "model" / "taste.pt").read_bytes() == b"parts"
 
 
 def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
@@ -401,16 +441,25 @@ def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> N
     )
     log = tmp_path / "work" / "exp" / "llm" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
-    entries = [
-        {"tag": "CV", "epoch": epoch, "step": 10 * epoch, "loss": loss} for epoch, loss in enumerate((3, 2, 2.5))
+    entries = [{"tag": "TRAIN", "epoch": 0, "step": 5, "loss": 1.0}]
+    entries += [
+        {"tag": "CV", "epoch": epoch, "step": 10 * epoch, "loss": loss, "loss_with_wrong_text": loss + 1}
+        for epoch, loss in enumerate((3, 2, 2.5))
     ]
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     (tmp_path / "model").mkdir()
     assemble.write_readme(tmp_path / "model", tmp_path / "work", "CosyVoice-tiny")
     text = (tmp_path / "model" / "README.md").read_text()
     assert "| word error | 12 % | 15 |" in text
-    assert "| llm | 3 | 20 | 2.0000 |" in text
+    assert "| llm | 3 | 20 | 2.0000 | 3.0000 |" in text
     assert "| flow | not measured yet |" in text
+    assert "rate of its own" not in text
+    split = {"hours": 1.5, "utterances": 9, "vocabulary": 7}
+    counts = {"speakers": 3, "voices": ["slt"], "train": split, "test": split, "lively": split}
+    (tmp_path / "work" / "corpus").mkdir()
+    (tmp_path / "work" / "corpus" / "corpus.json").write_text(json.dumps(counts))
+    assemble.write_readme(tmp_path / "model", tmp_path / "work", "CosyVoice-tiny")
+    assert "1.50 hours in which each word has a rate of its own" in (tmp_path / "model" / "README.md").read_text()
 
 
 # ---- the words that the recipes give their tools
@@ -493,35 +542,65 @@ def test_libritts_starts_several_processes_through_torchrun(tmp_path: Path) -> N
     assert (tmp_path / "work" / "data" / "train.data.list").read_text() == "train-clean-100.tar\n"
 
 
-def test_the_tiny_recipe_gives_its_tools_words_they_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lively_hours", ["0.5", "0.0"])
+def test_the_tiny_recipe_gives_its_tools_words_they_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lively_hours: str
+) -> None:
     (tmp_path / "flite").write_text("#!/bin/sh\n")
     (tmp_path / "flite").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     outputs = (
-        "corpus/{train,phrases,dev,test}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,spk2embedding.pt,"
-        "utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx speaker_encoder/campplus.onnx "
-        "exp/{words/words,llm/llm,flow/flow,hifigan/hifigan}.pt exp/{words,llm,flow,hifigan}/metrics.jsonl "
+        "corpus/{train,phrases,lively,dev,test,lively_dev}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,"
+        "spk2embedding.pt,utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx "
+        "speaker_encoder/campplus.onnx exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{flow,hifigan}/metrics.jsonl "
         "llm_start/llm.pt whisper/model.safetensors "
         "CosyVoice-tiny/{README.md,spk2info.pt,llm.pt,flow.pt,hift.pt} evaluation/{test,real}/report.md"
     )
     (tmp_path / "real.jsonl").touch()
     words = ("--device", "cpu", "--tokenizer-epochs", "2", "--open-epochs", "1", "--speaker-epochs", "1", "--jobs", "1")
     words += ("--whisper-epochs", "1", "--evaluated", "2", "--max-epoch", "2", "--max-steps", "3")
+    words += ("--lively-hours", lively_hours)
     manifest = ("--real-manifest", tmp_path / "real.jsonl")
     calls = words_of_recipe(TINY / "run.sh", tmp_path, outputs, *words, *manifest)
+    lively = float(lively_hours) > 0
     assert [Path(call[0]).name for call in calls] == [
         "make_corpus.py",
         "train_s3_tokenizer.py",
         "train_speaker_encoder.py",
-        *["extract_embedding.py"] * 4,
-        *["extract_speech_token.py"] * 4,
-        *["make_parquet_list.py"] * 4,
+        *["extract_embedding.py"] * (6 if lively else 4),
+        *["extract_speech_token.py"] * (6 if lively else 4),
+        *["make_parquet_list.py"] * (3 if lively else 2),
         *["train.py", "average_model.py"],
-        "start_llm.py",
-        *["train.py", "average_model.py"] * 3,
+        *["start_llm.py", "teach_reading.py"],
+        *["train.py", "average_model.py"],
         "train_whisper.py",
         "assemble.py",
         *["evaluate.py"] * 2,
         "assemble.py",
     ]
+    (teaching,) = (call for call in calls if call[0].endswith("teach_reading.py"))
+    splits = teaching[teaching.index("--splits") + 1]
+    assert splits == ("train,phrases,lively" if lively else "train,phrases")
+    assert teaching[teaching.index("--steps") + 1] == "3" and "--minutes" not in teaching
+    (flow,) = (call for call in calls if call[0].endswith("train.py") and "flow" in call)
+    data = Path(flow[flow.index("--train_data") + 1])
+    assert data == tmp_path / "work" / ("flow_data.list" if lively else "corpus/train/parquet/data.list")
     expect_understood(calls, monkeypatch)
+
+
+def test_flow_learns_from_lively_speech_too_and_the_minutes_of_the_language_model_are_its_own(tmp_path: Path) -> None:
+    corpus = tmp_path / "work" / "corpus"
+    for split in ("train", "phrases", "lively", "dev"):
+        (corpus / split / "parquet").mkdir(parents=True)
+        (corpus / split / "parquet" / "data.list").write_text(f"{split}.tar\n")
+        for name in ("wav.scp", "text", "utt2spk", "phones", "utt2embedding.pt", "utt2speech_token.pt"):
+            (corpus / split / name).touch()
+    (tmp_path / "work" / "s3_tokenizer").mkdir()
+    (tmp_path / "work" / "s3_tokenizer" / "speech_tokenizer_v1.onnx").touch()
+    outputs = "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{flow,hifigan}/metrics.jsonl llm_start/llm.pt"
+    words = ("--stage", "6", "--stop-stage", "6", "--jobs", "1", "--minutes-llm", "7", "--batch-factor", "4")
+    calls = words_of_recipe(TINY / "run.sh", tmp_path, outputs, *words)
+    assert (tmp_path / "work" / "flow_data.list").read_text() == "train.tar\nlively.tar\n"
+    (teaching,) = (call for call in calls if call[0].endswith("teach_reading.py"))
+    assert teaching[teaching.index("--minutes") + 1] == "7" and "--steps" not in teaching
+    assert teaching[teaching.index("--batch-positions") + 1] == "16000"

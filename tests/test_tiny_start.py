@@ -13,8 +13,10 @@ sys.path.insert(0, str(TINY))
 import start_llm  # noqa: E402
 from word_times import Span  # noqa: E402
 
+from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.settings import parse_settings  # noqa: E402
+from tests.small_corpus import LEXICON, write_spoken_corpus  # noqa: E402
 from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
 
 WORDS = 12  # tokens that the made-up texts use
@@ -50,6 +52,33 @@ def test_units_that_sound_alike_begin_alike(model) -> None:
         alike = torch.cosine_similarity(weight[0], weight[1], dim=0)
         assert alike > 0.99 > torch.cosine_similarity(weight[0], weight[2:CODES], dim=1).max()
     assert model.llm_decoder.weight.std().item() == pytest.approx(drawn, rel=0.1)
+
+
+def test_tokens_that_do_not_occur_get_random_signs_and_the_others_stay(model) -> None:
+    before = model.text_embedding.weight.detach().clone()
+    start_llm.mark_unused_tokens(model, made_up_texts(40))
+    weight = model.text_embedding.weight.detach()
+    assert torch.equal(weight[:WORDS], before[:WORDS])
+    assert (weight[WORDS:].abs() == 1).all() and 0.4 < (weight[WORDS:] > 0).float().mean() < 0.6
+    assert len(weight[WORDS:].unique(dim=0)) == TEXT_TOKENS - WORDS
+
+
+def test_every_token_that_the_language_model_will_read_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_llm, "find_flite", lambda: "no flite")
+    monkeypatch.setattr(start_llm, "pronounce_texts", lambda spoken, flite: LEXICON)
+    write_spoken_corpus(tmp_path, {"train": 1, "phrases": 1, "lively": 9, "dev": 2}, words=2)
+    settings = parse_settings(start_llm.__file__, vars(start_llm), ["--work-dir", str(tmp_path)])
+    texts = start_llm.read_pronounced(settings)
+    assert (len(texts["train"]), len(texts["dev"])) == (11, 2)
+    tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
+    spoken = [line.split(maxsplit=1)[1] for line in (tmp_path / "corpus/lively/text").read_text().splitlines()]
+    learned = set(torch.cat([text.tokens for text in texts["train"]]).tolist())
+    assert {token for text in spoken for token in tokenizer.encode(text)} <= learned
+    sounds = [start_llm.PHONES[number] for number in texts["dev"][0].phones[0].tolist()]
+    word = (tmp_path / "corpus/dev/text").read_text().split()[1]
+    assert sounds[: len(LEXICON[word])] == list(LEXICON[word]) and set(sounds[len(LEXICON[word]) :]) == {"pau"}
 
 
 def test_the_text_side_learns_how_tokens_sound_and_nothing_else_changes(model) -> None:

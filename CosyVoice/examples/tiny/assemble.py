@@ -1,15 +1,17 @@
 """Put what the tiny recipe trained into one folder in the released layout, and check that every part of it works.
 
-In:   <work-dir>/{corpus/train,s3_tokenizer,speaker_encoder,whisper}, <work-dir>/exp/<model>/<model>.pt
-Out:  <output>/{cosyvoice.yaml,llm.pt,flow.pt,hift.pt,campplus.onnx,speech_tokenizer_v1.onnx,spk2info.pt,README.md} and
-      <output>/whisper/
+In:   <work-dir>/{corpus/train,s3_tokenizer,speaker_encoder,whisper}, <work-dir>/exp/<model>/<model>.pt, and
+      <work-dir>/taste.pt where train_taste.py has trained the parts that hear a recording
+Out:  <output>/{cosyvoice.yaml,llm.pt,flow.pt,hift.pt,campplus.onnx,speech_tokenizer_v1.onnx,spk2info.pt,README.md},
+      <output>/whisper/ and, where there is one, <output>/taste.pt
 
     python CosyVoice/examples/tiny/assemble.py --work-dir CosyVoice/examples/tiny/work --output CosyVoice-tiny
     python CosyVoice/examples/tiny/assemble.py --readme-only --output CosyVoice-tiny      (after an evaluation)
 
 Half a minute. The folder is made beside its place and checked (setup_cosyvoice.py --deep-verify) before it replaces
-what stands there. Weights are written in float16 and compressed: of the 51,866 text embeddings the corpus has used two
-thousand, and the others are zero. Exit codes: 0 done, 1 error, 2 unknown flag, 130 stopped by Ctrl-C.
+what stands there. Weights are written in float16 and compressed: of the 51,866 text embeddings the corpus uses two
+thousand, and the others are mere signs (see start_llm.py). Exit codes: 0 done, 1 error, 2 unknown flag, 130 stopped by
+Ctrl-C.
 """
 
 import io
@@ -33,6 +35,7 @@ from recipe_results import describe_results  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.model_dir import load_weights, read_torch_file  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
+from taste.pretrained_parts import PARTS_FILE  # noqa: E402
 from taste.recordings import read_table  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 
@@ -78,6 +81,8 @@ def build_folder(folder: Path, work_dir: Path, config: Path) -> None:
     for name, (_, path) in sources.items():
         if not name.endswith(".pt"):
             shutil.copyfile(path, folder / name)
+    if (work_dir / PARTS_FILE).is_file():
+        shutil.copyfile(work_dir / PARTS_FILE, folder / PARTS_FILE)
     for kept in _PARTS.values():
         write_half(folder / f"{kept}.pt", config, kept, sources[f"{kept}.pt"][1])
     write_speakers(folder / "spk2info.pt", work_dir / "corpus" / "train")
@@ -113,9 +118,9 @@ def save_compressed(state: Mapping[str, Tensor], path: Path) -> None:
     """
     plain = io.BytesIO()
     torch.save(dict(state), plain)
-    with zipfile.ZipFile(plain) as records, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as out:
-        for record in records.infolist():
-            out.writestr(zipfile.ZipInfo(record.filename), records.read(record), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(plain) as records, zipfile.ZipFile(path, "w") as out:
+        for record in records.infolist():  # ZipInfo has a fixed date: equal weights give equal files
+            out.writestr(zipfile.ZipInfo(record.filename), records.read(record), zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def write_speakers(path: Path, split: Path) -> None:

@@ -9,6 +9,7 @@ NOT_MEASURED = "not measured yet"
 EVALUATIONS = {"its own test set": "test", "recordings of people": "real"}  # title, and folder of the report
 _TOKENIZER_COUNTS = ("tokens_compared", "tokens_differing")  # between onnxruntime and s3tokenizer
 LOSS_NAMES = {"llm": "loss", "flow": "loss", "hifigan": "loss_mel"}  # of the cross-validation
+WRONG_TEXT = "loss_with_wrong_text"  # the language model's, beside it: as high where it does not read
 
 
 def describe_results(work_dir: Path) -> dict[str, str]:
@@ -41,7 +42,17 @@ def _corpus(counts: Mapping[str, Any]) -> str:
     return (
         f"{train['hours']:.2f} hours, {train['utterances']} utterances of {counts['speakers']} speakers "
         f"(flite's voices {', '.join(counts['voices'])}, each at several pitches and rates), "
-        f"{train['vocabulary']} words. Tested on {test['utterances']} sentences that do not occur in it"
+        f"{train['vocabulary']} words{_lively(counts)}. "
+        f"Tested on {test['utterances']} sentences that do not occur in it"
+    )
+
+
+def _lively(counts: Mapping[str, Any]) -> str:
+    if not counts.get("lively", {}).get("utterances"):
+        return ""
+    return (
+        f"; the language model also on single words and short phrases, it and flow on {counts['lively']['hours']:.2f} "
+        "hours in which each word has a rate of its own"
     )
 
 
@@ -58,14 +69,13 @@ def _encoders(work_dir: Path) -> str:
 def _training(folder: Path, name: str) -> str:
     """One row: part, epochs, steps, the best cross-validation."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return f"| {name} | {NOT_MEASURED} | | |"
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    checks = [entry for entry in entries if entry["tag"] == "CV"]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    checks = [entry for entry in map(json.loads, filter(str.strip, lines)) if entry["tag"] == "CV"]
     if not checks:
-        return f"| {name} | {NOT_MEASURED} | | |"
-    best = min(checks, key=lambda entry: entry[LOSS_NAMES[name]])
-    return f"| {name} | {checks[-1]['epoch'] + 1} | {checks[-1]['step']} | {best[LOSS_NAMES[name]]:.4f} |"
+        return f"| {name} | {NOT_MEASURED} | | | |"
+    best, last = min(checks, key=lambda entry: entry[LOSS_NAMES[name]]), checks[-1]
+    wrong = f"{best[WRONG_TEXT]:.4f}" if WRONG_TEXT in best else ""
+    return f"| {name} | {last['epoch'] + 1} | {last['step']} | {best[LOSS_NAMES[name]]:.4f} | {wrong} |"
 
 
 def _table(report: Path) -> str:
