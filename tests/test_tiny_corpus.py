@@ -181,6 +181,11 @@ def test_lists_recordings_and_phones_agree(work_dir: Path) -> None:
             for name in ("wav.scp", "text", "utt2spk", "phones")
         }
         assert len({tuple(table) for table in tables.values()}) == 1
+        listed = read_manifest(corpus / f"{split}.jsonl")
+        assert [item.utt_id for item in listed] == list(tables["text"])
+        assert {item.utt_id: item.text for item in listed} == tables["text"]
+        assert {item.utt_id: item.speaker for item in listed} == tables["utt2spk"]
+        assert {item.utt_id: str(item.audio_path) for item in listed} == tables["wav.scp"]
         by_speaker = dict(line.split(maxsplit=1) for line in (corpus / split / "spk2utt").read_text().splitlines())
         assert {u: s for s, utts in by_speaker.items() for u in utts.split()} == tables["utt2spk"]
         for utt_id, path in tables["wav.scp"].items():

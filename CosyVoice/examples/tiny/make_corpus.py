@@ -2,11 +2,11 @@
 
 In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
 `<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
-`wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds), then
-`corpus.json` with the counts and, last, `.done`. Three more splits: `phrases` has each word alone and two or three
-words cut out of train: from it the language model learns how a word sounds before it can find its place in a sentence.
-In `lively` and `lively_dev` each word has a rate of its own and pauses are put between words, which no text foretells:
-what TASTE is for.
+`wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds) and a
+manifest, such as `train.jsonl`, then `corpus.json` with the counts and, last, `.done`. Three more splits: `phrases` has
+each word alone and two or three words cut out of train, from which the language model learns how a word sounds before
+it can find its place in a sentence. In `lively` and `lively_dev` each word has a rate of its own and pauses are put
+between words, which no text foretells: what TASTE is for.
 
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
@@ -266,7 +266,7 @@ def _read_notes(path: Path) -> dict[str, Made]:
 
 
 def write_lists(corpus: Path, plan: Sequence[Planned], made: dict[str, Made]) -> None:
-    """Write each split's `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones`.
+    """Write each split's `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones`, and its manifest.
 
     Args:
         corpus: the folder.
@@ -285,9 +285,22 @@ def write_lists(corpus: Path, plan: Sequence[Planned], made: dict[str, Made]) ->
             "spk2utt": [f"{speaker} {' '.join(utterances)}" for speaker, utterances in sorted(by_speaker.items())],
             "phones": [f"{item.reading.utt_id} {' '.join(made[item.reading.utt_id].phones)}" for item in items],
         }
-        for name, lines in lists.items():
-            with atomic_path(corpus / split / name) as temporary:
+        paths = {corpus / split / name: lines for name, lines in lists.items()}
+        paths[corpus / f"{split}.jsonl"] = [json.dumps(_manifest_entry(corpus, item)) for item in items]
+        for path, lines in paths.items():
+            with atomic_path(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _manifest_entry(corpus: Path, planned: Planned) -> dict[str, str]:
+    reading = planned.reading
+    return {
+        "utt_id": reading.utt_id,
+        "audio_path": str(audio_path(corpus, planned).absolute()),
+        "text": reading.text,
+        "speaker": planned.speaker_id,
+        "language": "en",
+    }
 
 
 def describe(plan: Sequence[Planned], made: dict[str, Made]) -> dict[str, Any]:
