@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work-dir", type=Path, default=default_work_dir, help="folder of the recipe's files")
     parser.add_argument("--width", type=int, default=128, help="channels of the encoder, a multiple of 64")
     parser.add_argument("--layers", type=int, default=3, help="transformer blocks before the quantizer")
-    parser.add_argument("--recogniser-layers", type=int, default=2, help="transformer blocks after it, not exported")
+    parser.add_argument("--recogniser-layers", type=int, default=4, help="transformer blocks after it, not exported")
     parser.add_argument("--codes", type=int, default=1024, help="codes that are learned, of the 4096 in the file")
     parser.add_argument("--codebook-decay", type=float, default=0.99, help="of the codebook's moving averages")
     parser.add_argument("--finished", type=Path, help="speech_tokenizer_v1.onnx; only the recogniser learns, from it")
