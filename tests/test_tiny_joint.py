@@ -11,7 +11,7 @@ TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
-from joint_taste import JointModel  # noqa: E402
+from joint_taste import JointModel, start_codebooks  # noqa: E402
 from listening_lesson import find_tokens, remaining, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 
@@ -132,6 +132,21 @@ def test_other_settings_do_not_go_on(trained, start, capsys):
     with pytest.raises(AssertionError):
         start("whole", hide_units=0.5)
     assert "other settings (hide_units)" in capsys.readouterr().err
+
+
+def test_a_text_that_is_left_out_does_not_learn(start, model_dir):
+    before = load_part(model_dir, "llm").state_dict()
+    biases = [name for name in before if name.startswith("text_encoder.encoders.") and name.endswith(".bias")]
+    moved = []
+    for share in (1.0, 0.0):
+        after = weights(start(f"text-left-out-{share}", drop_text=share, variants="taste_novq", lesson_steps=0))
+        moved.append([name for name in biases if not torch.equal(after[name], before[name])])
+    assert moved[0] == [] and moved[1]
+
+
+def test_how_much_the_quantizer_commits_is_a_setting(trained, start):
+    name = "taste.quantizer.rvq.project_in.weight"
+    assert not torch.equal(weights(trained)[name], weights(start("uncommitted", commitment_weight=0.0))[name])
 
 
 def test_text_embeddings_of_another_model_are_refused(start, features, examples, capsys):
@@ -280,3 +295,42 @@ def test_everything_learns_but_the_text_embedding(model_dir, packed):
     joint(together.batch([0, 9, 4]), VARIANTS[:3]).losses.mean().backward()
     without = {name for name, parameter in joint.named_parameters() if parameter.grad is None}
     assert without == {"models.text_only.llm.text_embedding.weight", "reader.weight", "reader.bias"}
+
+
+def test_a_row_without_text_reads_the_mean_of_all_text_that_was_encoded(model_dir, packed):
+    together, _ = packed
+    names = ("text_only", "taste_novq", "taste")
+    models = build_together(load_part(model_dir, "llm"), names, speech_width=SPEECH_WIDTH, taste_sizes=TASTE_SIZES)
+    joint, batch = JointModel(models), together.batch([0, 9, 4])
+    start_codebooks(joint, packed[1])
+    joint.eval()
+    encoded, _ = models["text_only"].llm.encode(batch.text, batch.text_lengths)
+    mean = torch.cat([row[:length] for row, length in zip(encoded, batch.text_lengths, strict=True)]).mean(dim=0)
+    fused = []
+    watch = models["taste_novq"].fusion.register_forward_hook(lambda _, inputs, result: fused.append(inputs[0]))
+    losses = [joint(batch, names, textless=rows).losses for rows in (None, torch.tensor([False, True, False]), None)]
+    watch.remove()
+    assert losses[0][0] == losses[1][0] and (losses[0] == losses[2]).all()
+    assert (losses[0][1:] != losses[1][1:]).all()
+    assert len(fused) == 6  # of two variants, three times
+    for number, text in enumerate(fused):
+        torch.testing.assert_close(text[[0, 2]], encoded[[0, 2]])
+        torch.testing.assert_close(text[1], mean.expand_as(text[1]) if number in (2, 3) else encoded[1])
+
+
+def test_the_commitment_moves_the_quantizer_alone(model_dir, packed):
+    together, examples = packed
+    names = ("taste_novq", "taste")
+    torch.manual_seed(0)
+    models = build_together(load_part(model_dir, "llm"), names, speech_width=SPEECH_WIDTH, taste_sizes=TASTE_SIZES)
+    joint = JointModel(models)
+    start_codebooks(joint, examples)
+    joint.train()
+    found = joint(together.batch([0, 9, 4]), names)
+    joint.commit(found.commitment)
+    moved = {name for name, parameter in joint.named_parameters() if parameter.grad is not None}
+    assert moved == {f"models.taste.quantizer.rvq.project_in.{name}" for name in ("weight", "bias")}
+    assert models["taste"].quantizer.rvq.project_in.weight.grad.norm() > 0
+    found.losses.mean().backward()  # the graph is still there
+    assert models["taste"].aggregator.layer_norm.weight.grad.norm() > 0
+    joint.commit(JointModel({"taste_novq": models["taste_novq"]})(together.batch([0]), ["taste_novq"]).commitment)

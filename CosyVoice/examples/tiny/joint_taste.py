@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.common import IGNORE_ID
 from taste.batch import Batch, Example
 from taste.fitted_taste import start_quantizer
+from taste.lengths import valid_mask
 from taste.model import CosyVoiceS3Model, Prefix
 from taste.scoring import Totals
 
@@ -71,6 +73,7 @@ class JointModel(nn.Module):
         variants: Sequence[str],
         hidden_units: Tensor | None = None,
         remaining: Tensor | None = None,
+        textless: Tensor | None = None,
     ) -> JointLosses:
         """What the true units of a batch cost each variant; the language model reads all of them side by side.
 
@@ -80,12 +83,15 @@ class JointModel(nn.Module):
             hidden_units: [B, S], bool, see `CosyVoiceS3Model.states_after`; the same for all variants.
             remaining: of each unit, the logarithm of the units from it to its word's end, [B, S]; not a number where
                 nobody knows. None: the reader is not asked. Of `text_only` it never is.
+            textless: [B], bool, True where the encoded text is left out of what is fused, see `_without_text`. None:
+                nowhere.
 
         Returns:
             the losses, in the order of `variants`.
         """
         models = [self.models[variant] for variant in variants]
-        readings = [model.read(batch) for model in models]
+        with self._without_text(textless):
+            readings = [model.read(batch) for model in models]
         prefix, count = _side_by_side([reading.prefix for reading in readings]), len(models)
         hidden = None if hidden_units is None else hidden_units.repeat(count, 1)
         units, lengths = batch.units.repeat(count, 1), batch.unit_lengths.repeat(count)
@@ -99,6 +105,42 @@ class JointModel(nn.Module):
         if remaining is not None and hearing:
             error = self._error(states.unflatten(0, (count, -1))[hearing], remaining)
         return JointLosses(each.sum(dim=1) / (batch.unit_lengths + 1).sum(), commitment, error)
+
+    def commit(self, loss: Tensor) -> None:
+        """Add the gradient of the quantizer's commitment, to the quantizer's weights alone; call it before `backward`.
+
+        The words that it would pull together come from an aggregator that `taste_novq` shares. While the language
+        model hardly listens yet, nothing holds against that pull, however weak it is, since Adam makes all gradients
+        equally large: all words of all recordings would become one vector, which is rounded without any error.
+
+        Args:
+            loss: the commitment, weighted; the graph behind it stays.
+        """
+        if loss.requires_grad:
+            loss.backward(inputs=list(self.models["taste"].quantizer.parameters()), retain_graph=True)
+
+    @contextmanager
+    def _without_text(self, rows: Tensor | None) -> Iterator[None]:
+        """Fuse the mean of the batch's encoded text in place of the text of some rows, [B], bool.
+
+        A text that has been read well leaves so little to learn from a recording that nobody looks at it. In a row
+        without text, what is said and how must be heard. The mean, other than zeros, is what the language model's
+        positions of text look like; it says nothing of the row.
+        """
+
+        def leave_out(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            text, lengths, *speech = inputs
+            real = valid_mask(lengths, text.shape[1])[:, :, None]
+            mean = (text.detach() * real).sum(dim=(0, 1)) / real.sum()
+            return torch.where(rows[:, None, None], mean, text), lengths, *speech
+
+        fusions = [] if rows is None else {model.fusion for model in self.models.values() if model.fusion is not None}
+        hooks = [fusion.register_forward_pre_hook(leave_out) for fusion in fusions]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _error(self, states: Tensor, remaining: Tensor) -> Tensor:
         """How wrong the reader is, from states [V, B, S+1, D], about [B, S]."""

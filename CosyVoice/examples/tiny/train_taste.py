@@ -72,11 +72,13 @@ WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of the gradient
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden from the language model
 HIDE_UNITS = 0.2  # share of the units that are hidden in these: what comes next must then be heard from elsewhere
+DROP_TEXT = 0.0  # share of a batch's rows in which the taste variants must do without the encoded text
 QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
 LESSON_UTTERANCES = 1_500  # that are aligned, for it and for the next setting
 REMAINING_WEIGHT = 0.0  # of telling, in the training, how much of a word remains; 0: not asked for
+COMMITMENT_WEIGHT = 0.1  # of the quantizer's commitment to its codes, which moves the quantizer alone
 DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
@@ -96,11 +98,13 @@ _DECIDES_TRAINING = (
     *(
         "hide_rows",
         "hide_units",
+        "drop_text",
         "quantizer_from",
         "audio_gain",
         "lesson_steps",
         "lesson_utterances",
         "remaining_weight",
+        "commitment_weight",
         "dtype",
         "seed",
     ),
@@ -392,8 +396,9 @@ class JointTraining:
         batch = self.features.batch(chosen)
         left = None if self.remaining is None else self.remaining.batch(chosen, self.features.there(chosen))[0]
         with torch.autocast(self.features.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            found = joint(batch, variants, self._hidden_units(batch), left)
-        (found.losses.mean() + found.commitment + settings.remaining_weight * found.remaining).backward()
+            found = joint(batch, variants, self._hidden_units(batch), left, self._textless(batch))
+        joint.commit(settings.commitment_weight * found.commitment)
+        (found.losses.mean() + settings.remaining_weight * found.remaining).backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -434,6 +439,11 @@ class JointTraining:
             return None
         rows = torch.rand(len(batch.units), 1, device=batch.units.device) < settings.hide_rows
         return rows & (torch.rand(batch.units.shape, device=batch.units.device) < settings.hide_units)
+
+    def _textless(self, batch: Batch) -> Tensor | None:
+        """In which rows the encoded text is left out, [B], bool."""
+        share = self.settings.drop_text
+        return torch.rand(len(batch.units), device=batch.units.device) < share if share else None
 
     def _log(self, share: float) -> None:
         values = torch.stack(self.unlogged).mean(dim=0).tolist()
