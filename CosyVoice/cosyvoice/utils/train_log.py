@@ -158,8 +158,8 @@ def _draw(path: Path, entries: Sequence[Mapping[str, Any]], title: str) -> None:
     train = [entry for entry in entries if entry["tag"] == TRAIN_TAG]
     checked = [entry for entry in entries if entry["tag"] == CV_TAG]
     aside = {"tag", "epoch", "step", "grad_norm", "d_grad_norm", "lr", "d_lr", "steps_per_second", "data_wait"}
-    names = sorted({name for entry in (*train, *checked) for name in entry} - aside, key=lambda name: name != "loss")
-    names = [*names[: MOST_PANELS - 1], "lr"]
+    names = list(dict.fromkeys(name for entry in (*checked, *train) for name in entry if name not in aside))
+    names = [*sorted(names, key=lambda name: name != "loss")[: MOST_PANELS - 1], "lr"]
     rows = -(-len(names) // PANEL_COLUMNS)
     width, height = PANEL_INCHES
     figure = Figure((width * min(len(names), PANEL_COLUMNS), height * rows), layout="constrained")

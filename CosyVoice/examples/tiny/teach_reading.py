@@ -392,15 +392,16 @@ class Teaching:
             sums += count * np.array(torch.stack([*self.lessons(items.batch(chosen))]).tolist())
             wrong += count * float(self.lessons(items.batch(chosen, texts=others), lessons=False).loss)
             targets += count
-        values = dict(zip(Lessons._fields, (sums / targets).tolist(), strict=True))
-        values |= {"loss_with_wrong_text": wrong / targets, "seconds": self.seconds}
+        loss, *others = (sums / targets).tolist()
+        values = {"loss": loss, "loss_with_wrong_text": wrong / targets}
+        values |= dict(zip(Lessons._fields[1:], others, strict=True)) | {"seconds": self.seconds}
         self.measured_at = self.step
         self.log.add(CV_TAG, self.epoch, self.step, values)
-        self.log.draw("a language model learns to read")
         self.log.say(f"-- {self.settings.dev} after {self.step} steps, {self.epoch} passes: {_shown(values)}")
 
     def _save(self) -> None:
         self._log()  # nothing is saved after a loss that is no number
+        self.log.draw("a language model learns to read")
         save_checkpoint(self.folder / "state.pt", self.epoch, self._parts(), self._deciding())
         weights = {name: value.detach().cpu() for name, value in self.lessons.llm.state_dict().items()}
         save_file(self.folder / "llm.pt", weights)
