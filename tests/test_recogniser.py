@@ -135,7 +135,7 @@ def test_pocketsphinx_writes_down_words_in_order_of_time(sphinx, understood):
     assert all(word.start_s < word.end_s for word in heard)
     assert all(a.end_s <= b.start_s + 1e-6 for a, b in itertools.pairwise(heard))
     seconds = len(waveform) / RATE_HZ
-    assert sum(word.end_s - word.start_s for word in heard) > 0.7 * seconds  # pauses are few and short
+    assert sum(word.end_s - word.start_s for word in heard) > 0.8 * seconds  # pauses are few and short
     assert heard[-1].end_s <= seconds
     sphinx.words(torch.randn(RATE_HZ), RATE_HZ)
     assert sphinx.words(waveform, RATE_HZ) == heard  # whatever was heard between

@@ -95,7 +95,7 @@ def test_speaker_vectors_tell_the_four_voices_apart(utterances: list[Utterance])
     encoder = SpeakerEncoder(TINY / "campplus.onnx")
     guesses = [VOICES[int((known @ encoder.embed(read_recording(u.audio_path))).argmax())] for u in utterances]
     correct = sum(guess == u.speaker for guess, u in zip(guesses, utterances, strict=True))
-    assert correct >= 0.7 * len(utterances)  # a guess is right once in four
+    assert correct >= 0.8 * len(utterances)  # a guess is right once in four
 
 
 # ---- the script
