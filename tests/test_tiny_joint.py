@@ -12,8 +12,9 @@ sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
 from joint_taste import JointModel, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, remaining, teach  # noqa: E402
+from listening_lesson import find_tokens, hear_sounds, remaining, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
+from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
 from cosyvoice.utils.model_dir import load_part  # noqa: E402
@@ -29,7 +30,7 @@ from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples
 CPU = torch.device("cpu")
 LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]
 QUICK = {"steps": 6, "batch_units": 120, "check_every": 3, "device": "cpu", "quantizer_from": 0.3, "llm_lr": 3e-3}
-QUICK |= {"lesson_steps": 5, "remaining_weight": 0.2}
+QUICK |= {"lesson_steps": 5, "remaining_weight": 0.2, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +335,60 @@ def test_the_commitment_moves_the_quantizer_alone(model_dir, packed):
     found.losses.mean().backward()  # the graph is still there
     assert models["taste"].aggregator.layer_norm.weight.grad.norm() > 0
     joint.commit(JointModel({"taste_novq": models["taste_novq"]})(together.batch([0]), ["taste_novq"]).commitment)
+
+
+def sounding(examples: list[Example]) -> tuple[list[Example], dict[str, torch.Tensor]]:
+    """`spoken` utterances whose units tell long words from short ones, and the token of each unit."""
+    heard, owners = [], {}
+    for number, example in enumerate(examples):
+        middle = example.speech_mid[:, 0].round()
+        starts = (middle == 0).long().cumsum(dim=0) - 1
+        lengths = starts.bincount()
+        named = example._replace(utt_id=f"utt-{number}", units=torch.where(lengths[starts] > FRAMES, 5, 2))
+        heard.append(named)
+        owners[named.utt_id] = starts.to(torch.uint8)
+    return heard, owners
+
+
+def loud_sounds() -> WordSounds:
+    torch.manual_seed(7)
+    sounds = WordSounds(torch.randn(SIZES.speech_vocab, SIZES.lm_width), SIZES.lm_width)
+    torch.nn.init.normal_(sounds.mapping[-1].weight)
+    return sounds
+
+
+def test_the_aggregator_learns_to_hear_how_words_sound():
+    model, sounds = small_model("taste_novq"), loud_sounds()
+    examples, owners = sounding(spoken(40))
+    spans = list(find_tokens(examples, range(len(examples))).values())
+    teach(model, examples, spans, device=CPU, steps=120, peak_lr=5e-3, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {name: value.clone() for name, value in sounds.state_dict().items()}
+    how = {"device": CPU, "peak_lr": 5e-3, "seed": 0}
+    untaught = hear_sounds(model, sounds, owners, examples, steps=1, **how | {"peak_lr": 1e-9})
+    told = hear_sounds(model, sounds, owners, examples, steps=200, **how)
+    assert untaught < 0.1 and told > 0.5
+    for name, value in model.state_dict().items():
+        assert name.startswith(("aggregator.", "audio_branch.")) or torch.equal(value, before[name]), name
+    assert all(torch.equal(value, kept[name]) for name, value in sounds.state_dict().items())
+
+
+def test_the_units_tokens_of_some_utterances_must_be_known():
+    examples, owners = sounding(spoken(12))
+    few = {name: owners[name] for name in list(owners)[:9]}
+    with pytest.raises(ValueError, match="known of 9 utterances, expected 10 at least"):
+        hear_sounds(small_model("taste_novq"), loud_sounds(), few, examples, device=CPU, steps=1, peak_lr=1e-3, seed=0)
+
+
+def test_a_training_begins_with_what_the_language_model_was_told(start, examples, tmp_path, capsys):
+    llm_width, owners = SIZES.lm_width, {}
+    for example in examples:
+        owners[example.utt_id] = torch.arange(len(example.units)).clamp(max=len(example.text) - 1).to(torch.uint8)
+    torch.save(WordSounds(torch.randn(SIZES.speech_vocab, llm_width), llm_width).state_dict(), tmp_path / SOUNDS_FILE)
+    torch.save(owners, tmp_path / OWNERS_FILE)
+    start("told", sounds=tmp_path, sound_steps=3, variants="taste_novq")
+    assert '"sounds": ' in capsys.readouterr().out
+    torch.save({}, tmp_path / OWNERS_FILE)
+    with pytest.raises(AssertionError):
+        start("told-nothing", sounds=tmp_path, variants="taste_novq")
+    assert "known of 0 utterances" in capsys.readouterr().err

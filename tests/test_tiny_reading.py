@@ -18,7 +18,9 @@ sys.path.insert(0, str(TINY))
 
 import reading_lessons  # noqa: E402
 import teach_reading  # noqa: E402
+from corpus_reader import PHONES  # noqa: E402
 from reading_lessons import ReadingLessons, log_weights  # noqa: E402
+from resumable import pick_dtype  # noqa: E402
 from teach_reading import Aligned, AlignedSet, unit_owners  # noqa: E402
 from word_times import Span  # noqa: E402
 
@@ -28,7 +30,8 @@ from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
 
 ALL_TEXT_TOKENS = 51_866
 LM_LAYERS = "linear_units: 32\n        input_layer: 'linear_legacy'"
-QUICK = ("--batch-positions", "200", "--check-every", "3", "--device", "cpu")
+QUICK = ("--batch-positions", "200", "--check-every", "3", "--device", "cpu", "--dtype", "float32")
+DTYPES = ("float32", "bfloat16")
 SIZES = {"train": 14, "phrases": 3, "lively": 3, "dev": 4}
 
 
@@ -44,7 +47,7 @@ def write_deep_config(path: Path, text_tokens: int = TEXT_TOKENS) -> Path:
     write_config(
         path,
         {
-            f"num_blocks: 1\n        attention_heads: 2\n        {LM_LAYERS}": "num_blocks: 4\n"
+            f"num_blocks: 1\n        attention_heads: 2\n        {LM_LAYERS}": "num_blocks: 5\n"
             + 8 * " "
             + f"attention_heads: 2\n        {LM_LAYERS}",
             f"text_token_size: {TEXT_TOKENS}": f"text_token_size: {text_tokens}",
@@ -73,6 +76,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {
         "text_token": torch.randint(0, TEXT_TOKENS, (2, 5), generator=generator),
         "text_token_len": torch.tensor([5, 3]),
+        "word": torch.tensor([[0, 0, 1, 2, 2], [0, 1, 1, 0, 0]]),
         "speech_token": torch.randint(0, CODES, (2, 12), generator=generator),
         "speech_token_len": torch.tensor([12, 7]),
         "embedding": torch.randn(2, 192, generator=generator),
@@ -138,12 +142,69 @@ def test_the_phone_of_the_next_unit_is_asked_for(lessons, batch) -> None:
     torch.testing.assert_close(found.phone_acc, (logits.argmax(dim=1) == phones).float().mean())
 
 
+def test_the_phone_to_come_is_the_next_that_begins() -> None:
+    end = len(PHONES)
+    phones = torch.tensor([[3, 3, 5, 5, 5, 3], [7, 7, 2, 2, 0, 0]])
+    wanted = [[3, 5, 5, 3, 3, 3], [7, 2, 2, end, end, end]]
+    found = reading_lessons.coming_phones(phones, torch.tensor([6, 4])).tolist()
+    assert found[0] == wanted[0] and found[1][:4] == wanted[1][:4]
+
+
+def test_the_phone_to_come_is_asked_for_in_two_layers(lessons, batch) -> None:
+    states = []
+    lessons.llm.llm.encoders[reading_lessons.COMING_LAYER].register_forward_hook(
+        lambda *call: states.append(call[2][0])
+    )
+    lessons.llm.llm.register_forward_hook(lambda *call: states.append(call[2][0]))
+    found = lessons(batch)
+    classes = reading_lessons.coming_phones(batch["phone"], batch["speech_token_len"])
+    classes = torch.cat([classes[0], classes[1, :7]])
+    losses = []
+    for reader, layer in zip(lessons.coming_readers, states, strict=True):
+        logits = reader(torch.cat([layer[0, 7:19], layer[1, 5:12]]))
+        losses.append(F.cross_entropy(logits, classes))
+    torch.testing.assert_close(found.coming, torch.stack(losses).mean())
+    torch.testing.assert_close(found.coming_acc, (logits.argmax(dim=1) == classes).float().mean())
+
+
+def test_how_words_sound_is_the_mean_of_their_units_and_their_length(lessons, batch) -> None:
+    described, heard = lessons.word_sounds.describe(batch)
+    vectors = F.layer_norm(lessons.llm.speech_embedding.weight.detach(), (described.shape[-1] - 1,))
+    units, mean = batch["speech_token"], 2.0
+    for row, token, own in ((0, 1, units[0, :5]), (0, 2, units[0, 5:7]), (0, 4, units[0, 7:]), (1, 2, units[1, 1:7])):
+        torch.testing.assert_close(described[row, token, :-1], mean * vectors[own].mean(dim=0))
+        torch.testing.assert_close(described[row, token, -1], (torch.tensor(len(own)).log() - 2.7) / 0.7)
+    assert heard.all()
+    silent = {
+        **batch,
+        "owner": torch.where(batch["owner"] == 2, 1, batch["owner"]),
+    }  # the word of token 2 is not spoken
+    assert not lessons.word_sounds(silent)[0, 2].any() and lessons.word_sounds(silent)[0, 1].any()
+
+
+def test_only_rows_that_are_told_hear_how_words_sound(lessons, batch) -> None:
+    states = []
+    lessons.llm.llm.register_forward_hook(lambda *call: states.append(call[2][0]))
+    with torch.no_grad():
+        lessons.word_sounds.mapping[-1].weight *= 100
+    lessons(batch, lessons=False)
+    lessons(batch, told=torch.tensor([True, False]), lessons=False)
+    assert not torch.allclose(states[0][0], states[1][0], atol=1e-3)
+    torch.testing.assert_close(states[0][1], states[1][1])
+
+
+def test_attention_is_left_alone_where_it_is_not_asked_for(lessons, batch) -> None:
+    both, without = lessons(batch), lessons(batch, guide=False)
+    assert without.guide == without.found == 0
+    assert both.guide > 0 and without.coming == both.coming and without.loss == both.loss
+
+
 def test_the_published_loss_stays_what_it_is(lessons, batch) -> None:
     published = lessons.llm(batch, "cpu")
     for asked in (True, False):
         found = lessons(batch, lessons=asked)
         assert found.loss == published["loss"] and found.acc == published["acc"]
-    assert found.guide == found.phone == 0
+    assert found.guide == found.phone == found.coming == 0
     text_of_another = {**batch, "text_token": batch["text_token"].flip(0), "text_token_len": torch.tensor([3, 5])}
     assert lessons(text_of_another, lessons=False).loss != published["loss"]
 
@@ -163,7 +224,7 @@ def test_hidden_units_cannot_be_seen(lessons, batch) -> None:
 
 
 def test_a_model_with_too_few_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 1 layers, expected at least 4"):
+    with pytest.raises(ValueError, match="has 1 layers, expected at least 5"):
         ReadingLessons(load_model(write_config(tmp_path / "small.yaml"), "llm"))
 
 
@@ -179,11 +240,14 @@ def test_a_unit_belongs_to_the_token_that_was_begun_last() -> None:
 def test_utterances_can_be_read_another_text() -> None:
     def item(number: int) -> Aligned:
         units = torch.full((2 + number,), number)
-        return Aligned(torch.full((1 + number,), number), units, units, units, torch.full((192,), float(number)))
+        text = torch.full((1 + number,), number)
+        return Aligned(str(number), text, text, units, units, units, torch.full((192,), float(number)))
 
     items = AlignedSet([item(number) for number in range(4)], torch.device("cpu"))
     mixed = items.batch([1, 3], texts=[2, 0])
-    assert mixed["text_token"].tolist() == [[2, 2, 2], [0, 0, 0]] and mixed["text_token_len"].tolist() == [3, 1]
+    assert mixed["text_token"].tolist() == [[2, 2, 2], [0, 0, 0]] == mixed["word"].tolist() and mixed[
+        "text_token_len"
+    ].tolist() == [3, 1]
     assert mixed["speech_token_len"].tolist() == [3, 5] and mixed["embedding"][:, 0].tolist() == [1, 3]
     assert mixed["owner"][1].tolist() == mixed["phone"][1].tolist() == [3] * 5
     assert items.batch([1, 3])["text_token_len"].tolist() == [2, 4]
@@ -219,15 +283,28 @@ def entries(folder: Path, tag: str) -> list[dict]:
     return [entry for entry in lines if entry["tag"] == tag]
 
 
-def test_all_three_lessons_are_learned(start) -> None:
-    folder = start("learns", "--steps", "80", "--lr", "0.01", "--batch-positions", "800", "--check-every", "40")
+def test_all_lessons_are_learned(start) -> None:
+    folder = start(
+        "learns",
+        "--steps",
+        "80",
+        "--lr",
+        "0.01",
+        "--lesson-lr",
+        "0.01",
+        "--batch-positions",
+        "800",
+        "--check-every",
+        "40",
+    )
     first, *_, last = entries(folder, "TRAIN")
     assert [entry["step"] for entry in (first, last)] == [20, 80]
     assert last["loss"] < 0.5 * first["loss"] and last["phone"] < 0.5 * first["phone"]
-    assert last["guide"] < 0.75 * first["guide"]
+    assert last["guide"] < 0.75 * first["guide"] and last["coming"] < 0.75 * first["coming"]
     checked = entries(folder, "CV")
     assert [entry["step"] for entry in checked] == [40, 80]
-    assert all(entry["loss_with_wrong_text"] != entry["loss"] for entry in checked)
+    for name in ("loss_with_wrong_text", "loss_with_sounds"):
+        assert all(entry[name] != entry["loss"] for entry in checked)
     assert (folder / "loss_curve.png").is_file()
 
 
@@ -239,6 +316,44 @@ def test_text_embeddings_stay_as_they_were_and_everything_else_learns(start) -> 
     assert before.keys() == after.keys()
     same = {name for name, value in after.items() if torch.equal(value, before[name])}
     assert same == {"text_embedding.weight"}
+
+
+def test_what_an_aggregator_shall_hear_is_written(start) -> None:
+    folder = start("written", "--steps", "2")
+    owners = torch.load(folder / reading_lessons.OWNERS_FILE, weights_only=True)
+    units = torch.load(folder.parents[1] / "corpus" / "lively" / "utt2speech_token.pt", weights_only=True)
+    assert len(owners) == sum(SIZES.values())
+    assert all(len(owners[name]) == len(own) and owners[name].dtype == torch.uint8 for name, own in units.items())
+    before = torch.load(folder.parents[2] / "start.pt", weights_only=True)["speech_embedding.weight"]
+    sounds = torch.load(folder / reading_lessons.SOUNDS_FILE, weights_only=True)
+    torch.testing.assert_close(sounds["units"], F.layer_norm(before, before.shape[-1:]))
+    assert sounds["mapping.2.weight"].any()
+
+
+def test_bfloat16_learns_alike(start) -> None:
+    checked = [entries(start(f"in-{name}", "--steps", "6", "--dtype", name), "CV")[-1] for name in DTYPES]
+    assert checked[0]["loss"] != checked[1]["loss"] == pytest.approx(checked[0]["loss"], rel=0.02)
+
+
+def test_a_dtype_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast})
+        assert pick_dtype("auto", cpu) == wanted and pick_dtype("auto", cuda) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # of another kind of processor
+    assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+def test_dropout_can_be_left_out(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    teach = teach_reading.Teaching.until_the_end
+    rates = lambda self, stop: seen.append({m.p for m in self.lessons.modules() if isinstance(m, torch.nn.Dropout)})  # noqa: E731
+    monkeypatch.setattr(
+        teach_reading.Teaching, "until_the_end", lambda self, stop: rates(self, stop) or teach(self, stop)
+    )
+    start("dry", "--steps", "1", "--dropout", "0")
+    start("wet", "--steps", "1")
+    assert seen[0] == {0.0} and max(seen[1]) > 0
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,11 +372,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights(start, monkeypatch: pytest.Mo
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [3, 6, 9, 11]
 
 
+def test_a_finished_run_goes_on_with_more_steps(start) -> None:
+    folder = start("longer", "--steps", "4")
+    start("longer", "--steps", "9")
+    assert [entry["step"] for entry in entries(folder, "CV")] == [3, 4, 6, 9]
+
+
 def test_every_utterance_is_learned_from_once_in_a_pass(start) -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        next_rows = teach_reading.Teaching._next_rows
-        patch.setattr(teach_reading.Teaching, "_next_rows", lambda self: seen.append(next_rows(self)) or seen[-1])
+        begin = teach_reading.Teaching.begin_step
+        patch.setattr(teach_reading.Teaching, "begin_step", lambda *call: seen.append(begin(*call)) or seen[-1])
         start("passes", "--steps", "20")
     rows = [row for batch in seen for row in batch]
     learned = sum(count for split, count in SIZES.items() if split != "dev")
@@ -274,14 +395,14 @@ def test_every_utterance_is_learned_from_once_in_a_pass(start) -> None:
 def test_other_settings_or_another_start_are_refused(start, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = start("settings", "--steps", "2")
     capsys.readouterr()
-    start("settings", "--steps", "4", code=1)
-    assert "other settings (steps)" in capsys.readouterr().err
+    start("settings", "--steps", "2", "--lr", "0.5", code=1)
+    assert "other settings (lr)" in capsys.readouterr().err
     weights = torch.load(folder / "llm.pt", weights_only=True)
     torch.save(weights, tmp_path / "other.pt")
     start("settings", "--steps", "2", "--llm", str(tmp_path / "other.pt"), code=1)
     assert "other settings (start)" in capsys.readouterr().err
     start("settings", "--steps", "2", "--dtype", "fp16", code=1)
-    assert "expected float32 or bfloat16" in capsys.readouterr().err
+    assert "expected auto, float32 or bfloat16" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_told_and_not_saved(

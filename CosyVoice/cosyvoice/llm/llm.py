@@ -103,10 +103,12 @@ class TransformerLM(nn.Module):
         speech = self.speech_embedding(tokens)
         sequence, target, lengths = self._join(speaker, text, text_lengths, speech, tokens, token_lengths)
         hidden, _ = self.llm(sequence, lengths)
-        logits = self.llm_decoder(hidden).float()  # autocast on the CPU would leave the loss in 16 bits
+        asked = target != IGNORE_ID  # text and padding have no logits: V is wide
+        target = target[asked]
+        logits = self.llm_decoder(hidden[asked]).float()  # autocast on the CPU would leave the loss in 16 bits
         return {
-            "loss": self.criterion_ce(logits, target),
-            "acc": th_accuracy(logits.flatten(0, 1), target, ignore_label=IGNORE_ID),
+            "loss": self.criterion_ce(logits, target, batch=len(sequence)),
+            "acc": th_accuracy(logits, target, ignore_label=IGNORE_ID),
         }
 
     def _join(

@@ -34,12 +34,13 @@ class LabelSmoothingLoss(nn.Module):
         self.smoothing = smoothing
         self.normalize_length = normalize_length
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor, batch: int | None = None) -> Tensor:
         """Compare a batch of predictions with their targets.
 
         Args:
-            x: logits, [B, L, V].
-            target: classes, [B, L], int64; `padding_idx` where a position does not count.
+            x: logits, [B, L, V], or [N, V] for the positions that count.
+            target: classes, [B, L] or [N], int64; `padding_idx` where a position does not count.
+            batch: B, where `x` does not tell it.
 
         Returns:
             0-d loss; nan where `normalize_length` is set and no position counts.
@@ -60,4 +61,4 @@ class LabelSmoothingLoss(nn.Module):
             entropy = right * math.log(right) + self.smoothing * math.log(wrong)
             divergence = divergence + wrong * right_log_prob - wrong * log_prob.sum(dim=-1) + entropy
         loss = divergence.where(counted, 0.0).sum()
-        return loss / (counted.sum() if self.normalize_length else len(x))
+        return loss / (counted.sum() if self.normalize_length else batch or len(x))

@@ -1,25 +1,28 @@
-"""Teaches an aggregator to tell how long each word lasts and what its parts sound like, before anyone listens to it.
+"""Teaches an aggregator to tell how long each word lasts and what it sounds like, before anyone listens to it.
 
 A language model that is told nothing yet by what it gets of a recording has no reason to look at it, and an aggregator
 that nobody looks at has no reason to tell more. So it begins with a lesson: from the vector of a word, a linear map
 that is thrown away afterwards must find the word's length and the middle states of Whisper in each quarter of it, where
-an alignment has found the word.
+an alignment has found the word. Where the language model has learned already what to do with the sound of words
+(teach_reading.py), aggregator and audio branch then learn to hear that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from packed_features import PackedFeatures, PackedRows
+from reading_lessons import WordSounds
 from resumable import learning_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from taste.alignment import align
 from taste.batch import Example
+from taste.fusion import WeightedSum
 from taste.lengths import valid_mask
 from taste.linear_fits import widest_directions
 from taste.model import CosyVoiceS3Model
@@ -33,6 +36,7 @@ _CHANNELS = 24  # widest directions of the middle states
 _UNSEEN_SHARE = 0.1  # of the utterances, to measure with
 _POSITIONS = 5_000  # of the language model in a batch, as `PackedFeatures` counts
 _GRAD_CLIP = 1.0
+_FEWEST = 10  # utterances to hear sounds in
 
 
 class Told(NamedTuple):
@@ -135,22 +139,114 @@ def teach(
     learning = [*model.aggregator.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
     model.train()
-    batches: list[list[int]] = []
-    for step in range(steps):
-        batches = batches or features.batches(_POSITIONS, seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_lr)
-        of_length, of_parts = _errors(model, reader, features, targets, batches.pop())
-        (of_length + of_parts).backward()
-        nn.utils.clip_grad_norm_(learning, _GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    _descend(
+        lambda chosen: sum(_errors(model, reader, features, targets, chosen)), features, optimizer, steps, peak_lr, seed
+    )
     model.eval()
     with torch.inference_mode():
         everyone = list(range(unseen))
         errors = [float(error) for error in _errors(model, reader, *measured, everyone)]
     model.zero_grad(set_to_none=True)
     return Told(*(1 - error for error in errors))
+
+
+def hear_sounds(
+    model: CosyVoiceS3Model,
+    sounds: WordSounds,
+    owners: Mapping[str, Tensor],
+    examples: Sequence[Example],
+    *,
+    device: torch.device,
+    steps: int,
+    peak_lr: float,
+    seed: int,
+) -> float:
+    """Teach aggregator and audio branch to tell how the words sound, as the language model was told it.
+
+    Args:
+        model: of `taste_novq` or `taste`; on the device.
+        sounds: what the language model was told; on the device.
+        owners: the text token of each unit, of the utterances that it is known of.
+        examples: of the training set.
+        device: where to compute.
+        steps: of AdamW.
+        peak_lr: its highest learning rate.
+        seed: of the order.
+
+    Returns:
+        share of the variance, over utterances that were not learned from, of what was to be told.
+
+    Raises:
+        ValueError: the tokens are known of fewer than ten utterances.
+    """
+    known = [example for example in examples if example.utt_id in owners]
+    if len(known) < _FEWEST:
+        raise ValueError(
+            f"the units' tokens are known of {len(known)} utterances, expected {_FEWEST} at least; teach_reading.py "
+            "writes them for the splits that it reads"
+        )
+    share = 1.0
+    if isinstance(model.fusion, WeightedSum):
+        of_audio, of_text = model.fusion.weights.detach().softmax(dim=0).tolist()
+        share = of_text / of_audio  # the text that it is added to is weighted too
+    wanted = [share * _sounds_of(example, owners[example.utt_id], sounds, device) for example in known]
+    unseen = max(1, round(len(known) * _UNSEEN_SHARE))
+    rows = torch.cat(wanted)
+    variance = rows.var(dim=0).sum()
+    parts = []
+    for first, last in ((unseen, len(known)), (0, unseen)):
+        parts.append((PackedFeatures([known[first:last]], device), PackedRows(wanted[first:last], 0.0, device)))
+    (features, targets), measured = parts
+
+    def error(features: PackedFeatures, targets: PackedRows, chosen: list[int]) -> Tensor:
+        batch = features.batch(chosen)
+        wanted, lengths = targets.batch(chosen, features.there(chosen))
+        valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
+        told = model.audio_branch(model.aggregate(batch), batch.text_lengths)
+        return ((told - wanted).square() * valid).sum() / valid.sum() / variance
+
+    learning = [*model.aggregator.parameters(), *model.audio_branch.parameters()]
+    optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
+    model.train()
+    _descend(lambda chosen: error(features, targets, chosen), features, optimizer, steps, peak_lr, seed)
+    model.eval()
+    with torch.inference_mode():
+        left = float(error(*measured, list(range(unseen))))
+    model.zero_grad(set_to_none=True)
+    return 1 - left
+
+
+def _sounds_of(example: Example, owners: Tensor, sounds: WordSounds, device: torch.device) -> Tensor:
+    """How the words of an utterance sound, [T, D], for each of its tokens."""
+    values = {
+        "word": example.word_ids,
+        "owner": owners.long(),
+        "speech_token": example.units,
+        "speech_token_len": torch.tensor(len(example.units)),
+    }
+    with torch.no_grad():
+        return sounds.eval()({name: value[None].to(device) for name, value in values.items()})[0].cpu()
+
+
+def _descend(
+    loss: Callable[[list[int]], Tensor],
+    features: PackedFeatures,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    peak_lr: float,
+    seed: int,
+) -> None:
+    """Take some steps on batches of utterances."""
+    learning = [weight for group in optimizer.param_groups for weight in group["params"]]
+    batches: list[list[int]] = []
+    for step in range(steps):
+        batches = batches or features.batches(_POSITIONS, seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_lr)
+        loss(batches.pop()).backward()
+        nn.utils.clip_grad_norm_(learning, _GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _errors(

@@ -1,4 +1,4 @@
-"""What a language model is told, beside its published loss, about the text token and the phone of each unit."""
+"""What a language model is told, beside its published loss, about its text tokens, its phones, and how words sound."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, align_distances
 
-# B batch   T text tokens   S S3 units   L = 3 + T + S positions   H heads   W head width   G guided heads
+# B batch   T text tokens   S S3 units   L = 3 + T + S positions   D channels   H heads   W head width   G guided heads
 
+SOUNDS_FILE = "word_sounds.pt"  # weights of `WordSounds`
+OWNERS_FILE = "unit_owners.pt"  # {utterance: number of the text token that each of its units belongs to, [S] uint8}
 GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some that use what these have found
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
+COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
+SOUND_NOISE = 0.5  # largest standard deviation of what is added to the sound of words, which varies by about 1
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
+_QUIET = 0.01
+_MEAN_GAIN = 2.0  # the mean of a word's unit vectors varies by about half of what these do
+_LOG_UNITS, _LOG_UNITS_DEVIATION = 2.7, 0.7  # of the units of a word of flite's: 15 of them, more or less by half
 
 
 class Lessons(NamedTuple):
@@ -30,6 +37,8 @@ class Lessons(NamedTuple):
     found: Tensor  # share of units for which the first guided head of the last guided layer looks most at their token
     phone: Tensor  # cross-entropy of the next unit's phone, in nats
     phone_acc: Tensor  # share of these that are right
+    coming: Tensor  # cross-entropy of the phone that follows the one being spoken, in nats
+    coming_acc: Tensor  # share of these that are right, by the last layer
 
 
 class ReadingLessons(nn.Module):
@@ -44,50 +53,69 @@ class ReadingLessons(nn.Module):
 
     def __init__(self, llm: TransformerLM) -> None:
         super().__init__()
-        if len(llm.llm.encoders) <= max(GUIDED_LAYERS):
+        last = max(*GUIDED_LAYERS, COMING_LAYER)
+        if len(llm.llm.encoders) <= last:
             raise ValueError(
-                f"the language model has {len(llm.llm.encoders)} layers, expected at least {max(GUIDED_LAYERS) + 1}: "
-                f"those with the numbers {GUIDED_LAYERS} are shown where to look; see GUIDED_LAYERS in {__file__}"
+                f"the language model has {len(llm.llm.encoders)} layers, expected at least {last + 1}: those with the "
+                f"numbers {(*GUIDED_LAYERS, COMING_LAYER)} have lessons; see GUIDED_LAYERS, COMING_LAYER in {__file__}"
             )
         self.llm = llm
-        self.phone_reader = nn.Linear(llm.llm_decoder.in_features, len(PHONES))
+        width = llm.llm_decoder.in_features
+        self.phone_reader = nn.Linear(width, len(PHONES))
+        self.coming_readers = nn.ModuleList(nn.Linear(width, len(PHONES) + 1) for _ in range(2))  # and one for the end
+        self.word_sounds = WordSounds(llm.speech_embedding.weight.detach(), llm.llm_input_size)
         self._kept: Tensor | None = None  # which units may be seen, [B, S]
         self._scores: list[Tensor] = []  # log-weights of the guided heads, [B, G, L, L] a layer
+        self._deep: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._listening = False
+        self._told: Tensor | None = None  # how each token sounds, [B, T, D]
+        self._listening = self._guiding = False
+        llm.text_encoder_affine_layer.register_forward_hook(self._tell)
         llm.speech_embedding.register_forward_hook(self._hide)
         llm.llm.register_forward_hook(self._keep_hidden)
+        llm.llm.encoders[COMING_LAYER].register_forward_hook(self._keep_deep)
         for layer in GUIDED_LAYERS:
             llm.llm.encoders[layer].self_attn.register_forward_pre_hook(self._keep_scores)
 
-    def forward(self, batch: Mapping[str, Tensor], kept: Tensor | None = None, lessons: bool = True) -> Lessons:
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        kept: Tensor | None = None,
+        told: Tensor | None = None,
+        lessons: bool = True,
+        guide: bool = True,
+    ) -> Lessons:
         """Run the language model and its lessons.
 
         Args:
             batch: as for `TransformerLM.forward`, with `owner`, the text token of each unit, and `phone`, its class,
-                both [B, S] int64.
+                both [B, S] int64, and `word`, the number of each text token's word, [B, T] int64.
             kept: units that the language model may see, [B, S], bool; None: all.
+            told: rows in which it is told how the words sound, [B], bool; None: none.
             lessons: False leaves the lessons out; their values are then 0.
+            guide: False leaves out only the one for attention heads, which costs most.
 
         Returns:
             the losses, means over what they are of.
         """
-        self._kept, self._scores, self._listening = kept, [], lessons
+        self._kept, self._scores, self._listening, self._guiding = kept, [], lessons, lessons and guide
+        self._told = None if told is None else self.word_sounds(batch) * told[:, None, None]
         out = self.llm(batch, batch["text_token"].device)
-        scores, hidden = self._scores, self._hidden
-        self._kept, self._scores, self._hidden = None, [], None
+        scores, hidden, deep = self._scores, self._hidden, self._deep
+        self._kept, self._told, self._scores, self._hidden, self._deep = None, None, [], None, None
         nothing = out["loss"].new_zeros(())
         if not lessons:
-            return Lessons(out["loss"], out["acc"], nothing, nothing, nothing, nothing)
-        owners, phones = _by_position(batch, hidden.shape[1])
-        return Lessons(out["loss"], out["acc"], *_guide(scores, owners, batch), *self._phone(hidden, phones))
+            return Lessons(out["loss"], out["acc"], *[nothing] * 6)
+        owners, phones, coming = _by_position(batch, hidden.shape[1])
+        guided = _guide(scores, owners, batch) if guide else (nothing, nothing)
+        early, late = (
+            _read(reader(vectors), coming) for reader, vectors in zip(self.coming_readers, (deep, hidden), strict=True)
+        )
+        phone = _read(self.phone_reader(hidden), phones)
+        return Lessons(out["loss"], out["acc"], *guided, *phone, (early[0] + late[0]) / 2, late[1])
 
-    def _phone(self, hidden: Tensor, phones: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the phones [B, L], and the share that is right."""
-        logits = self.phone_reader(hidden).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), phones.flatten(), ignore_index=_NOBODY)
-        asked = phones != _NOBODY
-        return loss, ((logits.argmax(dim=-1) == phones) & asked).sum() / asked.sum()
+    def _tell(self, _module: nn.Module, _inputs: Any, encoded: Tensor) -> Tensor | None:
+        return None if self._told is None else encoded + self._told.to(encoded.dtype)
 
     def _hide(self, _module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor | None:
         return None if self._kept is None else embedded * self._kept[:, :, None]
@@ -95,10 +123,66 @@ class ReadingLessons(nn.Module):
     def _keep_hidden(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._hidden = output[0] if self._listening else None
 
+    def _keep_deep(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        self._deep = output[0] if self._listening else None
+
     def _keep_scores(self, module: RelPositionMultiHeadedAttention, inputs: tuple[Any, ...]) -> None:
-        if self._listening:
+        if self._guiding:
             x, distances, visible, *_ = inputs
             self._scores.append(log_weights(module, x, distances, visible, GUIDED_HEADS))
+
+
+class WordSounds(nn.Module):
+    """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
+
+    Args:
+        units: a vector of each S3 unit, [V, D]; they stay as they are.
+        width: of the vectors that it makes.
+    """
+
+    def __init__(self, units: Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("units", F.layer_norm(units.float(), units.shape[-1:]))
+        self.mapping = nn.Sequential(nn.Linear(units.shape[-1] + 1, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        nn.init.normal_(self.mapping[-1].weight, std=_QUIET)  # little is told at first
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Make the vectors of each token's word; in training some noise is added to what they are made from.
+
+        Args:
+            batch: as `ReadingLessons.forward` reads it.
+
+        Returns:
+            [B, T, width]; 0 for words that are not heard.
+        """
+        described, heard = self.describe(batch)
+        if self.training:
+            size = SOUND_NOISE * torch.rand(len(described), 1, 1, device=described.device)
+            described = described + size * torch.randn_like(described)
+        return self.mapping(described) * heard
+
+    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean vector of each token's word's units, and how long it lasts.
+
+        Args:
+            batch: as `ReadingLessons.forward` reads it.
+
+        Returns:
+            [B, T, D + 1], float32, each value varying by about 1; and whether the word is heard at all, [B, T, 1].
+        """
+        words, units = batch["word"], batch["speech_token"]
+        there = torch.arange(units.shape[1], device=units.device) < batch["speech_token_len"][:, None]
+        spoken = words.gather(1, batch["owner"]).masked_fill(~there, words.shape[1])  # the word of each unit, [B, S]
+        slots = len(words), words.shape[1] + 1
+        counts = self.units.new_zeros(slots).scatter_add_(1, spoken, there.float())[:, :-1]
+        vectors = self.units[units]
+        sums = self.units.new_zeros(*slots, vectors.shape[-1])
+        sums.scatter_add_(1, spoken[:, :, None].expand_as(vectors), vectors)
+        means = _MEAN_GAIN * sums[:, :-1] / counts.clamp(min=1)[:, :, None]
+        lasting = (counts.clamp(min=1).log() - _LOG_UNITS) / _LOG_UNITS_DEVIATION
+        by_word = torch.cat([means, lasting[:, :, None]], dim=2)
+        heard = (counts > 0).float()[:, :, None]
+        return tuple(part.gather(1, words[:, :, None].expand(-1, -1, part.shape[-1])) for part in (by_word, heard))
 
 
 def log_weights(
@@ -130,14 +214,40 @@ def log_weights(
     return scores.log_softmax(dim=-1)
 
 
-def _by_position(batch: Mapping[str, Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Token and phone of the unit that each position predicts, [B, L] each; `_NOBODY` where it predicts none."""
+def _read(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of classes [B, L], `_NOBODY` where none is asked for, and the share that is right."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), classes.flatten(), ignore_index=_NOBODY)
+    asked = classes != _NOBODY
+    return loss, ((logits.argmax(dim=-1) == classes) & asked).sum() / asked.sum()
+
+
+def _by_position(batch: Mapping[str, Tensor], length: int) -> tuple[Tensor, ...]:
+    """Token, phone, and phone to come of the unit that each position predicts, [B, L] each; `_NOBODY`: of none."""
     first = batch["text_token_len"][:, None] + _BEFORE_TEXT  # the position of [task], which predicts unit 0
     unit = torch.arange(length, device=first.device) - first
     real = (unit >= 0) & (unit < batch["speech_token_len"][:, None])
     place = unit.clamp(0, batch["owner"].shape[1] - 1)
-    owners, phones = (batch[name].gather(1, place).masked_fill(~real, _NOBODY) for name in ("owner", "phone"))
-    return owners, phones
+    values = batch["owner"], batch["phone"], coming_phones(batch["phone"], batch["speech_token_len"])
+    return tuple(value.gather(1, place).masked_fill(~real, _NOBODY) for value in values)
+
+
+def coming_phones(phones: Tensor, lengths: Tensor) -> Tensor:
+    """The phone that follows the one spoken just before each unit: its own, where it begins a phone.
+
+    Args:
+        phones: class of each unit's phone, [B, S], int64.
+        lengths: units of each row, [B].
+
+    Returns:
+        classes, [B, S], int64; `len(PHONES)` where the row ends with that phone.
+    """
+    place = torch.arange(phones.shape[1], device=phones.device)
+    begins = torch.ones_like(phones, dtype=torch.bool)
+    begins[:, 1:] = phones[:, 1:] != phones[:, :-1]
+    begins &= place < lengths[:, None]
+    never = phones.shape[1]
+    at = torch.where(begins, place, never).flip(1).cummin(dim=1).values.flip(1)  # where the next phone begins
+    return torch.where(at == never, len(PHONES), phones.gather(1, at.clamp(max=never - 1)))
 
 
 def _guide(scores: list[Tensor], owners: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

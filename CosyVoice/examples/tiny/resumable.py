@@ -1,13 +1,16 @@
-"""What the training scripts of this folder share: how they end, a learning rate, and a checkpoint to go on from."""
+"""What the training scripts of this folder share: how they end, a learning rate, a checkpoint to go on from, a loop."""
 
 from __future__ import annotations
 
 import math
 import sys
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from taste.atomic import atomic_path
@@ -15,6 +18,8 @@ from taste.interrupt import StopRequest
 from taste.settings import Settings
 
 WARMUP_SHARE = 0.1  # of all steps
+LOG_EVERY = 20  # steps; a GPU is waited for no more often
+_SCHEDULE = 10_000  # parts that the schedule of a `LongTraining` is cut into
 
 
 def run_to_the_end(run: Callable[[Settings, Callable[[], bool]], bool], settings: Settings) -> int:
@@ -35,6 +40,25 @@ def run_to_the_end(run: Callable[[Settings, Callable[[], bool]], bool], settings
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0 if finished else stop.exit_code
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What matrix products are computed in.
+
+    Args:
+        name: float32 (TF32 on a GPU), bfloat16, or auto: bfloat16 on a CPU that multiplies it by itself (AMX).
+        device: where.
+
+    Returns:
+        the type.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"DTYPE is {name!r}; expected auto, float32 or bfloat16")
+    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -94,3 +118,134 @@ def resume(path: Path, parts: Mapping[str, Any], deciding: Mapping[str, Any]) ->
     for name, part in parts.items():
         part.load_state_dict(checkpoint["parts"][name])
     return checkpoint["epoch"]
+
+
+class LongTraining(ABC):
+    """A training on batches of utterances, until its STEPS are done or its MINUTES over, as far as it has come.
+
+    With more of these than before, a finished training goes on; its learning rate then rises again to where the longer
+    schedule has it.
+
+    Args:
+        settings: with `steps`, `minutes` (float: train by the clock instead, evaluations included), `check_every`
+            (steps), `save_minutes` and `seed`.
+        cut: gives the batches of an epoch by its number: utterance numbers of each.
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("step", "epoch", "place", "seconds", "measured_at")  # in a checkpoint
+
+    def __init__(self, settings: Settings, cut: Callable[[int], list[list[int]]]) -> None:
+        self.settings = settings
+        self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
+        self.measured_at = -1  # step
+        self._cut = cut
+        self._batches: list[list[int]] = []  # of the epoch in work
+
+    @abstractmethod
+    def one_step(self, share: float) -> None:
+        """Learn from one batch, and count the step.
+
+        Args:
+            share: how much of the training is done, from 0 to 1.
+        """
+
+    @abstractmethod
+    def log(self, share: float) -> None:
+        """Note what the steps since the last line cost.
+
+        Args:
+            share: as for `one_step`.
+
+        Raises:
+            ValueError: a loss is no number.
+        """
+
+    @abstractmethod
+    def measure(self) -> None:
+        """Score what has been learned so far."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write everything that the training depends on, and its results."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands, but for weights and optimizer."""
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Args:
+            state: it.
+        """
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
+        """Train, measure and save.
+
+        Args:
+            stop_requested: asked before each step.
+
+        Returns:
+            False where it was asked to stop.
+
+        Raises:
+            ValueError: a loss is no number; what was saved is from before.
+        """
+        settings = self.settings
+        clock = saved = time.perf_counter()
+        while (share := self.share()) < 1:
+            if stop_requested():
+                self.save()
+                return False
+            self.one_step(share)
+            if self.step % LOG_EVERY == 0:
+                self.log(share)
+            if self.step % settings.check_every == 0:
+                self._measure_now()
+            if time.perf_counter() - saved > 60 * settings.save_minutes:
+                self.save()
+                saved = time.perf_counter()
+            self.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+        if self.measured_at != self.step:
+            self._measure_now()
+        self.save()
+        return True
+
+    def share(self) -> float:
+        """How much of the training is done."""
+        if self.settings.minutes is None:
+            return self.step / self.settings.steps
+        return self.seconds / (60 * self.settings.minutes)
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, share: float) -> list[int]:
+        """Set what is drawn in this step, and the learning rates.
+
+        Args:
+            optimizer: each of its groups has its `peak_lr`.
+            share: as for `one_step`.
+
+        Returns:
+            the utterances of its batch: epoch and place tell which ones, also after a restart.
+        """
+        seed = np.random.SeedSequence((self.settings.seed, self.step)).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(seed))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, group["peak_lr"])
+        if not self._batches:
+            self._batches = self._cut(self.epoch)
+        rows = self._batches[self.place]
+        self.place += 1
+        if self.place == len(self._batches):
+            self._batches, self.epoch, self.place = [], self.epoch + 1, 0
+        return rows
+
+    def passes(self) -> float:
+        """How often each utterance has been learned from, the epoch in work included."""
+        return self.epoch + self.place / max(1, len(self._batches))
+
+    def _measure_now(self) -> None:
+        self.measured_at = self.step
+        self.measure()

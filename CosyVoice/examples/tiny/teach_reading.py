@@ -1,24 +1,26 @@
 """Teach the tiny recipe's language model to read: to know, at each unit, which of its text tokens is being spoken.
 
 In: `<work-dir>/corpus/<split>/{wav.scp,text,utt2spk,phones,utt2speech_token.pt,utt2embedding.pt}`, and the weights
-that start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, metrics.jsonl (as train.py writes it), loss_curve.png,
-settings.json, and state.pt, from which a run that was stopped goes on.
+that start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, word_sounds.pt, unit_owners.pt (the text token of each
+unit of each utterance), metrics.jsonl (as train.py writes it), loss_curve.png, settings.json, and state.pt, from which
+a run that was stopped goes on.
 
     python CosyVoice/examples/tiny/teach_reading.py --work-dir CosyVoice/examples/tiny/work --minutes 40
     python CosyVoice/examples/tiny/teach_reading.py --work-dir /tmp/work --steps 20 --batch-positions 800      (a look)
 
-What is trained is the published loss on the published model. Two lessons beside it use what flite tells about its own
+What is trained is the published loss on the published model. The lessons beside it use what flite tells about its own
 speech and end with the training: some attention heads are shown the token that is spoken next (guided attention,
-arXiv 1710.08969), and a linear layer must tell the phone of the next unit from the last hidden state. Without them the
-model learns which unit follows which, and finds its place in the text late or never. Some units are hidden from it,
-so that it has to go by the text where it speaks freely. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped,
-saved.
+arXiv 1710.08969), and linear layers must tell, from hidden states, the phone of the next unit and the phone that comes
+after the one being spoken. Without them the model learns which unit follows which, and finds its place in the text
+late or never. Some units are hidden from it, so that it has to go by the text where it speaks freely. In some rows it
+is told how each word sounds and how long it lasts, beside the text, where TASTE will tell it what a recording holds;
+`word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear it. Exit codes: 0 done, 1 error, 2 unknown
+flag, 130/143 stopped, saved.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +36,8 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 from corpus_reader import UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
 from packed_features import PackedRows, cut_batches  # noqa: E402
-from reading_lessons import Lessons, ReadingLessons  # noqa: E402
-from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from reading_lessons import OWNERS_FILE, SOUNDS_FILE, Lessons, ReadingLessons  # noqa: E402
+from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
@@ -54,39 +56,46 @@ LLM = None  # str: weights to start from; none: <work-dir>/llm_start/llm.pt
 SPLITS = ("train", "phrases", "lively")  # of the corpus, to learn from
 DEV = "dev"  # the split that is measured
 STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
-MINUTES = None  # float: train by the clock instead; the schedule follows it
+MINUTES = None  # float: train by the clock instead, all runs together; the schedule follows it
 BATCH_POSITIONS = 4_000  # of the language model in a batch, padding included; 20,000 on a GPU
 LR = 1.5e-3  # peak learning rate of AdamW
+LESSON_LR = 1.5e-3  # the same of the parts that end with the lessons
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of the gradient
 GUIDE_WEIGHT = 0.5  # of the lesson for the attention heads
+GUIDE_EVERY = 4  # steps between two of it
 PHONE_WEIGHT = 0.3  # of the lesson for the phone
+COMING_WEIGHT = 0.5  # of the lesson for the phone that comes next
+TELL_ROWS = 0.5  # share of a batch's rows in which the language model is told how the words sound
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
 HIDE_UNITS = 0.15  # share of the units that are hidden in these
 CHECK_EVERY = 500  # steps between two evaluations on DEV
 SAVE_MINUTES = 5.0  # between two saves
-DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
+DROPOUT = None  # float: in place of the configuration's; 0 is faster and learns as well for a few passes
+DTYPE = "auto"  # of the matrix products: float32 (TF32 on a GPU), bfloat16; auto: bfloat16 on a CPU with AMX
 SEED = 1986  # of the order of the data, of what is hidden, of dropout
 THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_LOG_EVERY = 20  # steps; a GPU is waited for no more often
 _SAY_EVERY = 100  # steps
-_SCHEDULE = 10_000  # parts that the schedule is cut into
 _MEASURED_POSITIONS = 20_000  # of a batch that is measured
 _EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
 _ADAM_BETAS = (0.9, 0.98)
 _DECIDES_TRAINING = (
-    *("splits", "steps", "minutes", "batch_positions", "lr", "weight_decay", "grad_clip", "guide_weight"),
-    *("phone_weight", "hide_rows", "hide_units", "dtype", "seed"),
+    *("splits", "batch_positions", "lr", "lesson_lr", "weight_decay", "grad_clip"),
+    "guide_weight",
+    *("guide_every", "phone_weight", "coming_weight", "tell_rows", "hide_rows", "hide_units", "dropout", "dtype"),
+    "seed",
 )
-_DTYPES = ("float32", "bfloat16")
+_OTHER_LOSSES = ("loss_with_wrong_text", "loss_with_sounds")
 
 
 class Aligned(NamedTuple):
     """An utterance and what is spoken when."""
 
+    utt_id: str
     text: Tensor  # tokens, [T] int64
+    words: Tensor  # the word of each token, [T] int64
     units: Tensor  # [S] int64
     owners: Tensor  # number of the text token that each unit belongs to, [S] int64
     phones: Tensor  # class of each unit's phone, [S] int64
@@ -112,26 +121,33 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     Raises:
         OSError, ValueError: the message is for the person at the keyboard.
     """
-    if settings.dtype not in _DTYPES:
-        raise ValueError(f"DTYPE is {settings.dtype!r}; expected {' or '.join(_DTYPES)}")
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
     folder = settings.work_dir / "exp" / "llm"
     start = Path(settings.llm or settings.work_dir / "llm_start" / "llm.pt")
     if not start.is_file():
         raise FileNotFoundError(f"{start}: there is no such file; run start_llm.py first, or give --llm")
     print(f"settings of {folder}:\n{settings.describe()}\n")
     settings.save(folder / "settings.json")
-    device = pick_device(settings.device)
     torch.set_float32_matmul_precision("high")
-    learned = AlignedSet([item for name in settings.splits for item in read_aligned(settings, name)], device)
-    measured = AlignedSet(read_aligned(settings, settings.dev), device)
+    items = [item for name in settings.splits for item in read_aligned(settings, name)]
+    unheard = read_aligned(settings, settings.dev)
+    save_file(folder / OWNERS_FILE, {item.utt_id: item.owners.to(torch.uint8) for item in items + unheard})
+    learned, measured = AlignedSet(items, device), AlignedSet(unheard, device)
 
     torch.manual_seed(settings.seed)
     llm = load_model(settings.config, "llm")
     load_state(llm, read_weights(start), start)
+    if settings.dropout is not None:
+        for part in llm.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = settings.dropout
     llm.text_embedding.requires_grad_(False)  # start_llm.py has taught them, and features that hold them stay valid
     lessons = ReadingLessons(llm.float()).to(device)
-    teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start))
-    print(f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device}")
+    teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start), dtype=dtype)
+    print(
+        f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device} in {dtype}"
+    )
     return teaching.until_the_end(stop_requested)
 
 
@@ -172,7 +188,9 @@ def align_units(
     """Say which token and which phone each unit belongs to."""
     timed = time_tokens(spoken, tokenizer, lexicon)
     return Aligned(
+        spoken.utt_id,
         torch.tensor(timed.tokens),
+        torch.tensor(timed.words),
         torch.as_tensor(units, dtype=torch.int64),
         torch.from_numpy(unit_owners(timed.spans, len(units))),
         torch.from_numpy(phone_classes(spoken.phones, len(units))),
@@ -205,6 +223,7 @@ class AlignedSet:
     def __init__(self, items: Sequence[Aligned], device: torch.device) -> None:
         self.device = device
         self.text = PackedRows([item.text for item in items], 0, device)
+        self.words = PackedRows([item.words for item in items], 0, device)
         self.units = PackedRows([item.units for item in items], 0, device)
         self.owners = PackedRows([item.owners for item in items], 0, device)
         self.phones = PackedRows([item.phones for item in items], 0, device)
@@ -215,7 +234,7 @@ class AlignedSet:
         return len(self.positions)
 
     def batch(self, chosen: Sequence[int], texts: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Some utterances, by the names that `TransformerLM.forward` reads, with `owner` and `phone` [B, S].
+        """Some utterances, as `ReadingLessons.forward` reads them.
 
         Args:
             chosen: their numbers.
@@ -228,6 +247,7 @@ class AlignedSet:
         return {
             "text_token": text,
             "text_token_len": text_lengths,
+            "word": self.words.batch(read, read_there)[0],
             "speech_token": units,
             "speech_token_len": unit_lengths,
             "embedding": self.speakers[there],
@@ -240,7 +260,7 @@ class AlignedSet:
         return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
 
 
-class Teaching:
+class Teaching(LongTraining):
     """The training as far as it has come.
 
     Args:
@@ -250,6 +270,7 @@ class Teaching:
         learned: utterances to learn from.
         measured: utterances to measure.
         start: names the weights that it begins with.
+        dtype: of the matrix products.
     """
 
     def __init__(
@@ -260,37 +281,28 @@ class Teaching:
         learned: AlignedSet,
         measured: AlignedSet,
         start: str,
+        dtype: torch.dtype,
     ) -> None:
-        self.settings, self.folder, self.lessons = settings, folder, lessons
-        self.learned, self.measured, self.start = learned, measured, start
-        learning = [weight for weight in lessons.parameters() if weight.requires_grad]
-        matrices, others = ([weight for weight in learning if (weight.dim() > 1) == wanted] for wanted in (True, False))
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            betas=_ADAM_BETAS,
-            fused=learned.device.type == "cuda",
+        super().__init__(
+            settings, lambda epoch: cut_batches(learned.positions, settings.batch_positions, settings.seed, epoch)
         )
-        self.learning = learning
-        self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
-        self.measured_at = -1  # step
-        self.batches: list[list[int]] = []  # of the epoch in work
+        self.folder, self.lessons = folder, lessons
+        self.learned, self.measured, self.start, self.dtype = learned, measured, start, dtype
+        groups = []
+        for peak, belongs in ((settings.lr, True), (settings.lesson_lr, False)):
+            for decay, is_matrix in ((settings.weight_decay, True), (0.0, False)):
+                weights = [
+                    weight
+                    for name, weight in lessons.named_parameters()
+                    if weight.requires_grad and name.startswith("llm.") == belongs and (weight.dim() > 1) == is_matrix
+                ]
+                groups.append({"params": weights, "weight_decay": decay, "peak_lr": peak})
+        self.optimizer = torch.optim.AdamW(groups, betas=_ADAM_BETAS, fused=True)
+        self.learning = [weight for group in groups for weight in group["params"]]
         self.unlogged: list[Tensor] = []  # of the steps since the last line
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training stands, but for weights and optimizer."""
-        return {name: getattr(self, name) for name in ("step", "epoch", "place", "seconds", "measured_at")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave.
-
-        Args:
-            state: it.
-        """
-        for name, value in state.items():
-            setattr(self, name, value)
-
     def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
-        """Teach, measure and save.
+        """Go on from what was saved, if anything was; see `LongTraining.until_the_end`.
 
         Args:
             stop_requested: asked before each step.
@@ -302,62 +314,32 @@ class Teaching:
             ValueError: a loss is no number (what was saved is from before), or the saved state is of other settings.
         """
         resume(self.folder / "state.pt", self._parts(), self._deciding())
-        self.log = TrainLog(self.folder, None, self.step, active=True)
+        self.lines = TrainLog(self.folder, None, self.step, active=True)
         if self.step:
-            self.log.say(f"going on from step {self.step}")
-        clock = saved = time.perf_counter()
-        while (share := self._share()) < 1:
-            if stop_requested():
-                self._save()
-                return False
-            self.unlogged.append(self._one_step(share))
-            if self.step % _LOG_EVERY == 0:
-                self._log()
-            if self.step % self.settings.check_every == 0:
-                self._measure()
-            if time.perf_counter() - saved > 60 * self.settings.save_minutes:
-                self._save()
-                saved = time.perf_counter()
-            self.seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-        if self.measured_at != self.step:
-            self._measure()
-        self._save()
-        return True
+            self.lines.say(f"going on from step {self.step}")
+        return super().until_the_end(stop_requested)
 
-    def _share(self) -> float:
-        """How much of the training is done."""
-        if self.settings.minutes is None:
-            return self.step / self.settings.steps
-        return self.seconds / (60 * self.settings.minutes)
+    def one_step(self, share: float) -> None:
+        """Learn from one batch.
 
-    def _one_step(self, share: float) -> Tensor:
+        Args:
+            share: how much of the training is done, from 0 to 1.
+        """
         settings = self.settings
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, self.step)).generate_state(1, np.uint64)[0]))
         self.lessons.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, settings.lr)
-        batch = self.learned.batch(self._next_rows())
-        with torch.autocast(self.learned.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            found = self.lessons(batch, self._kept_units(batch["speech_token"]))
-        loss = found.loss + settings.guide_weight * found.guide + settings.phone_weight * found.phone
+        batch = self.learned.batch(self.begin_step(self.optimizer, share))
+        with torch.autocast(self.learned.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            kept = self._kept_units(batch["speech_token"])
+            told = torch.rand(len(kept), device=kept.device) < settings.tell_rows
+            found = self.lessons(batch, kept, told, guide=self.step % settings.guide_every == 0)
+        loss = found.loss + settings.guide_weight * found.guide
+        loss = loss + settings.phone_weight * found.phone + settings.coming_weight * found.coming
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return torch.stack([*found, norm]).detach()
-
-    def _next_rows(self) -> list[int]:
-        """The utterances of the next batch; epoch and place tell which one that is, also after a restart."""
-        if not self.batches:
-            settings = self.settings
-            self.batches = cut_batches(self.learned.positions, settings.batch_positions, settings.seed, self.epoch)
-        rows = self.batches[self.place]
-        self.place += 1
-        if self.place == len(self.batches):
-            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
-        return rows
+        self.unlogged.append(torch.stack([*found, norm]).detach())
 
     def _kept_units(self, units: Tensor) -> Tensor:
         """Which units the language model may see, [B, S], bool."""
@@ -365,46 +347,64 @@ class Teaching:
         rows = torch.rand(len(units), 1, device=units.device) < settings.hide_rows
         return ~(rows & (torch.rand(units.shape, device=units.device) < settings.hide_units))
 
-    def _log(self) -> None:
-        """Note the mean of the steps since the last line; a loss that is no number ends the training."""
+    def log(self, share: float) -> None:
+        """Note the mean of the steps since the last line.
+
+        Args:
+            share: how much of the training is done, from 0 to 1.
+
+        Raises:
+            ValueError: a loss is no number.
+        """
         if not self.unlogged:
             return
-        means = torch.stack(self.unlogged).mean(dim=0).tolist()
+        steps = torch.stack(self.unlogged)
+        guided = steps[:, Lessons._fields.index("guide")] != 0  # the others have had no such lesson
+        means = steps.mean(dim=0)
+        for name in ("guide", "found"):
+            place = Lessons._fields.index(name)
+            means[place] = steps[guided, place].mean() if guided.any() else 0.0
+        means = means.tolist()
         values = dict(zip((*Lessons._fields, "grad_norm"), means, strict=True))
         if not np.isfinite(means).all():
             raise ValueError(f"no finite loss between steps {self.step - len(self.unlogged)} and {self.step}: {values}")
         self.unlogged = []
         values |= {"lr": self.optimizer.param_groups[0]["lr"]}
-        self.log.add(TRAIN_TAG, self.epoch, self.step, values)
+        self.lines.add(TRAIN_TAG, self.epoch, self.step, values)
         if self.step % _SAY_EVERY == 0:
             speed = self.step / max(self.seconds, 1e-9)
-            self.log.say(f"step {self.step}  {self._share():.0%}  {speed:.1f} steps/s  {_shown(values)}")
+            self.lines.say(f"step {self.step}  {share:.0%}  {speed:.1f} steps/s  {_shown(values)}")
 
     @torch.inference_mode()
-    def _measure(self) -> None:
-        """Score the measured utterances with their own texts and with others'."""
+    def measure(self) -> None:
+        """Score the measured utterances with their own texts, with others', and told how their words sound."""
         self.lessons.eval()
         items = self.measured
-        sums, wrong, targets = np.zeros(len(Lessons._fields)), 0.0, 0
+        sums, others, targets = np.zeros(len(Lessons._fields)), np.zeros(2), 0
         for chosen in cut_batches(items.positions, _MEASURED_POSITIONS):
-            others = [(number + len(items) // 2) % len(items) for number in chosen]
+            batch = items.batch(chosen)
+            strangers = items.batch(chosen, texts=[(number + len(items) // 2) % len(items) for number in chosen])
             count = int(items.units.lengths[chosen].sum()) + len(chosen)
-            sums += count * np.array(torch.stack([*self.lessons(items.batch(chosen))]).tolist())
-            wrong += count * float(self.lessons(items.batch(chosen, texts=others), lessons=False).loss)
+            everyone = torch.ones(len(chosen), dtype=torch.bool, device=items.device)
+            sums += count * np.array(torch.stack([*self.lessons(batch)]).tolist())
+            found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone, lessons=False)
+            others += count * np.array([float(one.loss) for one in found])
             targets += count
-        loss, *others = (sums / targets).tolist()
-        values = {"loss": loss, "loss_with_wrong_text": wrong / targets}
-        values |= dict(zip(Lessons._fields[1:], others, strict=True)) | {"seconds": self.seconds}
-        self.measured_at = self.step
-        self.log.add(CV_TAG, self.epoch, self.step, values)
-        self.log.say(f"-- {self.settings.dev} after {self.step} steps, {self.epoch} passes: {_shown(values)}")
+        loss, *lessons = (sums / targets).tolist()
+        values = {"loss": loss} | dict(zip(_OTHER_LOSSES, (others / targets).tolist(), strict=True))
+        values |= dict(zip(Lessons._fields[1:], lessons, strict=True)) | {"seconds": self.seconds}
+        self.lines.add(CV_TAG, self.epoch, self.step, values)
+        self.lines.say(f"-- {self.settings.dev} after {self.step} steps, {self.epoch} passes: {_shown(values)}")
 
-    def _save(self) -> None:
-        self._log()  # nothing is saved after a loss that is no number
-        self.log.draw("a language model learns to read")
+    def save(self) -> None:
+        """Write state, language model, and what it was told of the sound of words."""
+        self.log(self.share())  # nothing is saved after a loss that is no number
+        self.lines.draw("a language model learns to read")
         save_checkpoint(self.folder / "state.pt", self.epoch, self._parts(), self._deciding())
         weights = {name: value.detach().cpu() for name, value in self.lessons.llm.state_dict().items()}
         save_file(self.folder / "llm.pt", weights)
+        sounds = {name: value.detach().cpu() for name, value in self.lessons.word_sounds.state_dict().items()}
+        save_file(self.folder / SOUNDS_FILE, sounds)
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.lessons, "optimizer": self.optimizer, "progress": self}

@@ -34,14 +34,15 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, remaining, teach  # noqa: E402
+from listening_lesson import find_tokens, hear_sounds, remaining, teach  # noqa: E402
 from packed_features import PackedFeatures, PackedRows  # noqa: E402
-from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
+from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
 import model_code  # noqa: E402
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
-from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_weights, sizes  # noqa: E402
+from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_torch_file, read_weights, sizes  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.batch import Batch  # noqa: E402
@@ -77,24 +78,24 @@ QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started 
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
 LESSON_UTTERANCES = 1_500  # that are aligned, for it and for the next setting
+SOUNDS = None  # str: folder with what teach_reading.py told the language model of words' sounds, to be heard now
+SOUND_STEPS = 1_000  # of the lesson that teaches aggregator and audio branch to hear it
 REMAINING_WEIGHT = 0.0  # of telling, in the training, how much of a word remains; 0: not asked for
 COMMITMENT_WEIGHT = 0.1  # of the quantizer's commitment to its codes, which moves the quantizer alone
-DTYPE = "float32"  # of the matrix products on a GPU: float32 (TF32) or bfloat16
+DTYPE = "auto"  # of the matrix products: float32 (TF32 on a GPU), bfloat16; auto: bfloat16 on a CPU with AMX
 CHECK_EVERY = 500  # steps between two evaluations
 SAVE_MINUTES = 3.0  # between two saves
 SEED = 1986  # of the parts' weights, the order of the data, dropout
 THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_LOG_EVERY = 20  # steps; a GPU is waited for no more often
 _LEVELLED = 100  # utterances that the audio branch's size is measured with
 _CODEBOOK_UTTERANCES = 800  # from whose words the codebooks start
-_SCHEDULE = 10_000  # parts that the schedule is cut into
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
 _ADAM_BETAS = (0.9, 0.98)
 _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
 _DECIDES_TRAINING = (
-    *("llm", "train", "variants", "steps", "minutes", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
+    *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
     *(
         "hide_rows",
         "hide_units",
@@ -103,6 +104,8 @@ _DECIDES_TRAINING = (
         "audio_gain",
         "lesson_steps",
         "lesson_utterances",
+        "sounds",
+        "sound_steps",
         "remaining_weight",
         "commitment_weight",
         "dtype",
@@ -174,13 +177,11 @@ def check(settings: Settings) -> None:
     """Refuse settings that no training can be made of."""
     problems = [f"VARIANTS has {name!r}" for name in settings.variants if name not in ALL_VARIANTS]
     problems += [f"{name.upper()} is empty" for name in ("variants", "train") if not getattr(settings, name)]
-    problems += [f"DTYPE is {settings.dtype!r}"] if settings.dtype not in ("float32", "bfloat16") else []
     if settings.minutes is not None and settings.minutes <= 0:
         problems.append(f"MINUTES is {settings.minutes}")
     if problems:
         raise ValueError(
-            f"{'; '.join(problems)}; expected variants of {', '.join(ALL_VARIANTS)}, float32 or bfloat16, and sets "
-            "of features to train with"
+            f"{'; '.join(problems)}; expected variants of {', '.join(ALL_VARIANTS)}, and sets of features to train with"
         )
 
 
@@ -270,13 +271,40 @@ def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: 
             model.cpu()
         if variant == "simple":
             model.speech_norm.weight.data.fill_(settings.audio_gain)
+        elif settings.sounds:
+            sounds, owners = read_sounds(Path(settings.sounds), joint.llm)
+            everyone = [dataset[index] for index in range(len(dataset))]
+            how = {"device": device, "steps": settings.sound_steps, "peak_lr": settings.parts_lr}
+            notes["sounds"] = hear_sounds(
+                model.to(device), sounds.to(device), owners, everyone, **how, seed=settings.seed
+            )
+            model.cpu()
         else:
             quiet_branch(model, chosen[:_LEVELLED], settings.audio_gain)
         print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
     torch.set_num_threads(settings.threads)
 
 
-class JointTraining:
+def read_sounds(folder: Path, llm: TransformerLM) -> tuple[WordSounds, dict[str, Tensor]]:
+    """Read what the language model was told of the sound of words, and which units belong to which token.
+
+    Args:
+        folder: where teach_reading.py wrote.
+        llm: the language model.
+
+    Returns:
+        the map from units to sounds, and the text token of each unit by utterance.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it is another language model's.
+    """
+    sounds = WordSounds(llm.speech_embedding.weight.detach(), llm.llm_input_size)
+    load_state(sounds, read_weights(folder / SOUNDS_FILE), folder / SOUNDS_FILE)
+    return sounds, read_torch_file(folder / OWNERS_FILE)
+
+
+class JointTraining(LongTraining):
     """The training as far as it has come.
 
     Args:
@@ -288,6 +316,8 @@ class JointTraining:
         spans: of the tokens of some of its utterances, by number.
     """
 
+    KEPT = (*LongTraining.KEPT, "codebooks_started", "history")
+
     def __init__(
         self,
         settings: Settings,
@@ -297,7 +327,9 @@ class JointTraining:
         dataset: Any,
         spans: Mapping[int, Tensor],
     ) -> None:
-        self.settings, self.joint, self.features, self.dev_sets = settings, joint, features, dev_sets
+        super().__init__(settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch))
+        self.dtype = pick_dtype(settings.dtype, features.device)
+        self.joint, self.features, self.dev_sets = joint, features, dev_sets
         self.dataset = dataset
         self.remaining: PackedRows | None = None
         if settings.remaining_weight:
@@ -306,28 +338,12 @@ class JointTraining:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
         )
-        self.step, self.epoch, self.place, self.seconds = 0, 0, 0, 0.0
         self.codebooks_started = False
         self.history: list[dict[str, Any]] = []
         self.record = StepRecord(settings.out / "metrics.jsonl")
-        self.batches: list[list[int]] = []  # of the epoch in work
         self.learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.unlogged: list[Tensor] = []  # losses of the variants, commitment and norm of each step since the last line
         self.trained: list[str] = []  # the variants that these losses are of
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the training stands, but for weights and optimizer."""
-        names = ("step", "epoch", "place", "seconds", "codebooks_started", "history")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave.
-
-        Args:
-            state: it.
-        """
-        for name, value in state.items():
-            setattr(self, name, value)
 
     def go_on(self, path: Path) -> None:
         """Take up what an earlier run saved, if one did.
@@ -344,58 +360,22 @@ class JointTraining:
         if self.step:
             print(f"going on from step {self.step}", flush=True)
 
-    def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
-        """Train, measure and save.
+    def one_step(self, share: float) -> None:
+        """Let all variants learn from one batch.
 
         Args:
-            stop_requested: asked before each step.
-
-        Returns:
-            False where it was asked to stop.
-
-        Raises:
-            ValueError: a loss is no number; what was saved is from before.
+            share: how much of the training is done, from 0 to 1.
         """
-        clock = saved = time.perf_counter()
-        while (share := self._share()) < 1:
-            if stop_requested():
-                self._save()
-                return False
-            self._one_step(share)
-            if self.step % _LOG_EVERY == 0:
-                self._log(share)
-            if self.step % self.settings.check_every == 0:
-                self._measure()
-            if time.perf_counter() - saved > 60 * self.settings.save_minutes:
-                self._save()
-                saved = time.perf_counter()
-            self.seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-        if not self.history or self.history[-1]["step"] != self.step:
-            self._measure()
-        self._save()
-        return True
-
-    def _share(self) -> float:
-        """How much of the training is done."""
-        if self.settings.minutes is None:
-            return self.step / self.settings.steps
-        return self.seconds / (60 * self.settings.minutes)
-
-    def _one_step(self, share: float) -> None:
         settings, joint = self.settings, self.joint
         variants = self._variants(share)
         if variants != self.trained:
             self.trained, self.unlogged = variants, []
-        torch.manual_seed(int(np.random.SeedSequence((settings.seed, self.step)).generate_state(1, np.uint64)[0]))
         if not joint.training:
             joint.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(int(share * _SCHEDULE), _SCHEDULE, group["peak_lr"])
-        chosen = self._next_rows()
+        chosen = self.begin_step(self.optimizer, share)
         batch = self.features.batch(chosen)
         left = None if self.remaining is None else self.remaining.batch(chosen, self.features.there(chosen))[0]
-        with torch.autocast(self.features.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with torch.autocast(self.features.device.type, self.dtype, enabled=self.dtype != torch.float32):
             found = joint(batch, variants, self._hidden_units(batch), left, self._textless(batch))
         joint.commit(settings.commitment_weight * found.commitment)
         (found.losses.mean() + settings.remaining_weight * found.remaining).backward()
@@ -421,17 +401,6 @@ class JointTraining:
             print(f"codebooks started in {time.perf_counter() - started:.0f} s; used: {shown}", flush=True)
         return [*variants, "taste"]
 
-    def _next_rows(self) -> list[int]:
-        """The utterances of the next batch; epoch and place tell which one that is, also after a restart."""
-        for _ in range(2):  # a state may have been saved at an epoch's end
-            if not self.batches:
-                self.batches = self.features.batches(self.settings.batch_units, self.settings.seed, self.epoch)
-            if self.place < len(self.batches):
-                break
-            self.batches, self.epoch, self.place = [], self.epoch + 1, 0
-        self.place += 1
-        return self.batches[self.place - 1]
-
     def _hidden_units(self, batch: Batch) -> Tensor | None:
         """Which units the language model shall not see, [B, S], bool."""
         settings = self.settings
@@ -445,7 +414,15 @@ class JointTraining:
         share = self.settings.drop_text
         return torch.rand(len(batch.units), device=batch.units.device) < share if share else None
 
-    def _log(self, share: float) -> None:
+    def log(self, share: float) -> None:
+        """Note the mean of the steps since the last line.
+
+        Args:
+            share: how much of the training is done, from 0 to 1.
+
+        Raises:
+            ValueError: a loss is no number.
+        """
         values = torch.stack(self.unlogged).mean(dim=0).tolist()
         self.unlogged = []
         *losses, commitment, left, norm = values
@@ -465,7 +442,7 @@ class JointTraining:
             "seconds": self.seconds,
         }
         self.record.add("step", self.step, self.epoch, results)
-        if self.step % (5 * _LOG_EVERY) == 0:
+        if self.step % (5 * LOG_EVERY) == 0:
             shown = "  ".join(f"{name} {loss:.3f}" for name, loss in named.items())
             print(
                 f"step {self.step:6d}  {share:4.0%}  {self.step / max(self.seconds, 1e-9):5.1f} steps/s  {shown}  "
@@ -473,11 +450,11 @@ class JointTraining:
                 flush=True,
             )
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """Score the dev sets."""
         ready = [name for name in self.settings.variants if name != "taste" or self.codebooks_started]
         dev = {name: measure(self.joint, features, ready) for name, features in self.dev_sets.items()}
-        passes = self.epoch + self.place / max(1, len(self.batches))
+        passes = self.passes()
         self.history.append({"step": self.step, "epoch": passes, "dev": dev})
         self.record.add("step", self.step, self.epoch, {"dev": dev})
         for name, scores in dev.items():
@@ -504,7 +481,7 @@ class JointTraining:
         ]
         plot_comparison(self.settings.out / "loss_curve.png", histories, bars)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write state, language model and parts."""
         out = self.settings.out
         save_checkpoint(self.state_path, self.epoch, self._parts(), self._deciding())

@@ -30,6 +30,7 @@ class TimedTokens(NamedTuple):
     """An utterance's text tokens and when they are heard."""
 
     tokens: list[int]  # [T]
+    words: list[int]  # the word of each, [T]
     spans: list[Span | None]  # [T]; None: never
 
 
@@ -91,7 +92,7 @@ def time_tokens(spoken: Spoken, tokenizer: Any, lexicon: Mapping[str, Sequence[s
     """
     text = tokenize(tokenizer, spoken.text)
     pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
-    return TimedTokens(text.tokens, token_spans(pieces, text.word_ids, spoken.phones, lexicon))
+    return TimedTokens(text.tokens, text.word_ids, token_spans(pieces, text.word_ids, spoken.phones, lexicon))
 
 
 def token_spans(
