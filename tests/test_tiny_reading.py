@@ -167,19 +167,42 @@ def test_the_phone_to_come_is_asked_for_in_two_layers(lessons, batch) -> None:
     torch.testing.assert_close(found.coming_acc, (logits.argmax(dim=1) == classes).float().mean())
 
 
-def test_how_words_sound_is_the_mean_of_their_units_and_their_length(lessons, batch) -> None:
-    described, heard = lessons.word_sounds.describe(batch)
-    vectors = F.layer_norm(lessons.llm.speech_embedding.weight.detach(), (described.shape[-1] - 1,))
-    units, mean = batch["speech_token"], 2.0
+def test_how_words_sound_is_the_mean_of_their_units_and_their_number(lessons, batch) -> None:
+    means, lasting, heard = lessons.word_sounds.describe(batch)
+    vectors = F.layer_norm(lessons.llm.speech_embedding.weight.detach(), (means.shape[-1],))
+    units, gain = batch["speech_token"], 2.0
     for row, token, own in ((0, 1, units[0, :5]), (0, 2, units[0, 5:7]), (0, 4, units[0, 7:]), (1, 2, units[1, 1:7])):
-        torch.testing.assert_close(described[row, token, :-1], mean * vectors[own].mean(dim=0))
-        torch.testing.assert_close(described[row, token, -1], (torch.tensor(len(own)).log() - 2.7) / 0.7)
+        torch.testing.assert_close(means[row, token], gain * vectors[own].mean(dim=0))
+        torch.testing.assert_close(lasting[row, token, 0], torch.tensor(len(own)).log())
     assert heard.all()
     silent = {
         **batch,
         "owner": torch.where(batch["owner"] == 2, 1, batch["owner"]),
     }  # the word of token 2 is not spoken
     assert not lessons.word_sounds(silent)[0, 2].any() and lessons.word_sounds(silent)[0, 1].any()
+
+
+def test_how_long_a_word_has_lasted_and_will_last_is_asked_for(lessons, batch, monkeypatch) -> None:
+    monkeypatch.setattr(reading_lessons, "LASTING_BOUNDS", tuple(range(20)))
+    since, until = reading_lessons.lasting_classes(batch)  # words of 5, 2 and 5 units; of 1 and 6
+    assert since[0].tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 1, 2, 3, 4]
+    assert until[0].tolist() == [5, 4, 3, 2, 1, 0, 1, 0, 4, 3, 2, 1]
+    assert since[1, :7].tolist() == [0, 1, 1, 2, 3, 4, 5] and until[1, :7].tolist() == [1, 0, 5, 4, 3, 2, 1]
+    monkeypatch.undo()
+    states = []
+    lessons.llm.llm.encoders[reading_lessons.COMING_LAYER].register_forward_hook(
+        lambda *call: states.append(call[2][0])
+    )
+    lessons.llm.llm.register_forward_hook(lambda *call: states.append(call[2][0]))
+    found, losses = lessons(batch), []
+    for reader, layer, classes in zip(
+        lessons.lasting_readers, states, reading_lessons.lasting_classes(batch), strict=True
+    ):
+        classes = torch.cat([classes[0], classes[1, :7]])
+        logits = reader(torch.cat([layer[0, 7:19], layer[1, 5:12]]))
+        losses.append(F.cross_entropy(logits, classes))
+    torch.testing.assert_close(found.lasting, torch.stack(losses).mean())
+    torch.testing.assert_close(found.lasting_acc, (logits.argmax(dim=1) == classes).float().mean())
 
 
 def test_only_rows_that_are_told_hear_how_words_sound(lessons, batch) -> None:
@@ -204,7 +227,7 @@ def test_the_published_loss_stays_what_it_is(lessons, batch) -> None:
     for asked in (True, False):
         found = lessons(batch, lessons=asked)
         assert found.loss == published["loss"] and found.acc == published["acc"]
-    assert found.guide == found.phone == found.coming == 0
+    assert found.guide == found.phone == found.coming == found.lasting == 0
     text_of_another = {**batch, "text_token": batch["text_token"].flip(0), "text_token_len": torch.tensor([3, 5])}
     assert lessons(text_of_another, lessons=False).loss != published["loss"]
 
@@ -301,6 +324,7 @@ def test_all_lessons_are_learned(start) -> None:
     assert [entry["step"] for entry in (first, last)] == [20, 80]
     assert last["loss"] < 0.5 * first["loss"] and last["phone"] < 0.5 * first["phone"]
     assert last["guide"] < 0.75 * first["guide"] and last["coming"] < 0.75 * first["coming"]
+    assert last["lasting"] < 0.9 * first["lasting"]
     checked = entries(folder, "CV")
     assert [entry["step"] for entry in checked] == [40, 80]
     for name in ("loss_with_wrong_text", "loss_with_sounds"):

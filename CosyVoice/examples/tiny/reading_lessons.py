@@ -20,12 +20,14 @@ OWNERS_FILE = "unit_owners.pt"  # {utterance: number of the text token that each
 GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some that use what these have found
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
 COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
-SOUND_NOISE = 0.5  # largest standard deviation of what is added to the sound of words, which varies by about 1
+LASTING_BOUNDS = (0, 1, 2, 4, 7, 12, 20)  # units: how long a word has lasted or will last is told in classes up to each
+SOUND_NOISE = 0.25  # largest standard deviation of what is added to the mean of a word's units
+LENGTH_NOISE = 0.1  # the same for the logarithm of their number
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
 _QUIET = 0.01
 _MEAN_GAIN = 2.0  # the mean of a word's unit vectors varies by about half of what these do
-_LOG_UNITS, _LOG_UNITS_DEVIATION = 2.7, 0.7  # of the units of a word of flite's: 15 of them, more or less by half
+_BUMPS, _LONGEST = 16, 4.2  # of the logarithm of a word's units: the curves that it is given as, up to 66 units
 
 
 class Lessons(NamedTuple):
@@ -39,6 +41,8 @@ class Lessons(NamedTuple):
     phone_acc: Tensor  # share of these that are right
     coming: Tensor  # cross-entropy of the phone that follows the one being spoken, in nats
     coming_acc: Tensor  # share of these that are right, by the last layer
+    lasting: Tensor  # cross-entropy of how long the word has lasted, and of how long it will last yet, in nats
+    lasting_acc: Tensor  # share of the latter, in `LASTING_BOUNDS`, that is right
 
 
 class ReadingLessons(nn.Module):
@@ -63,6 +67,7 @@ class ReadingLessons(nn.Module):
         width = llm.llm_decoder.in_features
         self.phone_reader = nn.Linear(width, len(PHONES))
         self.coming_readers = nn.ModuleList(nn.Linear(width, len(PHONES) + 1) for _ in range(2))  # and one for the end
+        self.lasting_readers = nn.ModuleList(nn.Linear(width, len(LASTING_BOUNDS) + 1) for _ in range(2))
         self.word_sounds = WordSounds(llm.speech_embedding.weight.detach(), llm.llm_input_size)
         self._kept: Tensor | None = None  # which units may be seen, [B, S]
         self._scores: list[Tensor] = []  # log-weights of the guided heads, [B, G, L, L] a layer
@@ -105,14 +110,21 @@ class ReadingLessons(nn.Module):
         self._kept, self._told, self._scores, self._hidden, self._deep = None, None, [], None, None
         nothing = out["loss"].new_zeros(())
         if not lessons:
-            return Lessons(out["loss"], out["acc"], *[nothing] * 6)
-        owners, phones, coming = _by_position(batch, hidden.shape[1])
+            return Lessons(out["loss"], out["acc"], *[nothing] * (len(Lessons._fields) - 2))
+        owners, phones, coming, since, until = _by_position(batch, hidden.shape[1])
         guided = _guide(scores, owners, batch) if guide else (nothing, nothing)
         early, late = (
             _read(reader(vectors), coming) for reader, vectors in zip(self.coming_readers, (deep, hidden), strict=True)
         )
         phone = _read(self.phone_reader(hidden), phones)
-        return Lessons(out["loss"], out["acc"], *guided, *phone, (early[0] + late[0]) / 2, late[1])
+        lasted, lasting = (
+            _read(reader(vectors), classes)
+            for reader, vectors, classes in zip(self.lasting_readers, (deep, hidden), (since, until), strict=True)
+        )
+        return Lessons(
+            *(out["loss"], out["acc"], *guided, *phone, (early[0] + late[0]) / 2, late[1]),
+            *((lasted[0] + lasting[0]) / 2, lasting[1]),
+        )
 
     def _tell(self, _module: nn.Module, _inputs: Any, encoded: Tensor) -> Tensor | None:
         return None if self._told is None else encoded + self._told.to(encoded.dtype)
@@ -132,6 +144,34 @@ class ReadingLessons(nn.Module):
             self._scores.append(log_weights(module, x, distances, visible, GUIDED_HEADS))
 
 
+def lasting_classes(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """How many units of the word being spoken stand before each unit, and how many from it on.
+
+    The word is that of the unit just before: as long as nothing else is known, it may go on. Before the first unit it
+    is the first word.
+
+    Args:
+        batch: as `ReadingLessons.forward` reads it.
+
+    Returns:
+        classes of both, [B, S], int64: the number of `LASTING_BOUNDS` below each.
+    """
+    spoken = batch["word"].gather(1, batch["owner"])
+    place = torch.arange(spoken.shape[1], device=spoken.device)
+    begins = torch.ones_like(spoken, dtype=torch.bool)
+    begins[:, 1:] = spoken[:, 1:] != spoken[:, :-1]
+    begins |= place == batch["speech_token_len"][:, None]  # padding is no word's
+    started = torch.where(begins, place, 0).cummax(dim=1).values
+    since = torch.zeros_like(spoken)
+    since[:, 1:] = (place[1:] - started[:, :-1]).clamp(min=0)
+    never = batch["speech_token_len"][:, None].expand(-1, 1)
+    ends = torch.where(begins & (place > 0), place, never)
+    next_begin = ends.flip(1).cummin(dim=1).values.flip(1)
+    until = (next_begin - place).clamp(min=0)
+    bounds = torch.tensor(LASTING_BOUNDS, device=spoken.device)
+    return torch.bucketize(since, bounds), torch.bucketize(until, bounds)
+
+
 class WordSounds(nn.Module):
     """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
 
@@ -143,7 +183,9 @@ class WordSounds(nn.Module):
     def __init__(self, units: Tensor, width: int) -> None:
         super().__init__()
         self.register_buffer("units", F.layer_norm(units.float(), units.shape[-1:]))
-        self.mapping = nn.Sequential(nn.Linear(units.shape[-1] + 1, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mapping = nn.Sequential(
+            nn.Linear(units.shape[-1] + _BUMPS, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         nn.init.normal_(self.mapping[-1].weight, std=_QUIET)  # little is told at first
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -155,20 +197,24 @@ class WordSounds(nn.Module):
         Returns:
             [B, T, width]; 0 for words that are not heard.
         """
-        described, heard = self.describe(batch)
+        means, lasting, heard = self.describe(batch)
         if self.training:
-            size = SOUND_NOISE * torch.rand(len(described), 1, 1, device=described.device)
-            described = described + size * torch.randn_like(described)
-        return self.mapping(described) * heard
+            size = torch.rand(len(means), 1, 1, device=means.device)
+            means = means + SOUND_NOISE * size * torch.randn_like(means)
+            lasting = lasting + LENGTH_NOISE * size * torch.randn_like(lasting)
+        centres = torch.linspace(0, _LONGEST, _BUMPS, device=means.device)
+        bumps = torch.exp(-((lasting - centres) / (_LONGEST / _BUMPS)).square() / 2)
+        return self.mapping(torch.cat([means, bumps], dim=2)) * heard
 
-    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The mean vector of each token's word's units, and how long it lasts.
 
         Args:
             batch: as `ReadingLessons.forward` reads it.
 
         Returns:
-            [B, T, D + 1], float32, each value varying by about 1; and whether the word is heard at all, [B, T, 1].
+            the mean, [B, T, D], float32, varying by about a half; the logarithm of the number of units, [B, T, 1]; and
+            whether the word is heard at all, [B, T, 1], 0 or 1.
         """
         words, units = batch["word"], batch["speech_token"]
         there = torch.arange(units.shape[1], device=units.device) < batch["speech_token_len"][:, None]
@@ -179,10 +225,8 @@ class WordSounds(nn.Module):
         sums = self.units.new_zeros(*slots, vectors.shape[-1])
         sums.scatter_add_(1, spoken[:, :, None].expand_as(vectors), vectors)
         means = _MEAN_GAIN * sums[:, :-1] / counts.clamp(min=1)[:, :, None]
-        lasting = (counts.clamp(min=1).log() - _LOG_UNITS) / _LOG_UNITS_DEVIATION
-        by_word = torch.cat([means, lasting[:, :, None]], dim=2)
-        heard = (counts > 0).float()[:, :, None]
-        return tuple(part.gather(1, words[:, :, None].expand(-1, -1, part.shape[-1])) for part in (by_word, heard))
+        parts = means, counts.clamp(min=1).log()[:, :, None], (counts > 0).float()[:, :, None]
+        return tuple(part.gather(1, words[:, :, None].expand(-1, -1, part.shape[-1])) for part in parts)
 
 
 def log_weights(
@@ -222,12 +266,18 @@ def _read(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_position(batch: Mapping[str, Tensor], length: int) -> tuple[Tensor, ...]:
-    """Token, phone, and phone to come of the unit that each position predicts, [B, L] each; `_NOBODY`: of none."""
+    """What is asked about the unit that each position predicts, [B, L] each; `_NOBODY` where it predicts none.
+
+    Its token, its phone, the phone to come, for how long the word has lasted, and for how long it will.
+    """
     first = batch["text_token_len"][:, None] + _BEFORE_TEXT  # the position of [task], which predicts unit 0
     unit = torch.arange(length, device=first.device) - first
     real = (unit >= 0) & (unit < batch["speech_token_len"][:, None])
     place = unit.clamp(0, batch["owner"].shape[1] - 1)
-    values = batch["owner"], batch["phone"], coming_phones(batch["phone"], batch["speech_token_len"])
+    values = (
+        *(batch["owner"], batch["phone"], coming_phones(batch["phone"], batch["speech_token_len"])),
+        *lasting_classes(batch),
+    )
     return tuple(value.gather(1, place).masked_fill(~real, _NOBODY) for value in values)
 
 

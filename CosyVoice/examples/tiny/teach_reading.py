@@ -66,6 +66,7 @@ GUIDE_WEIGHT = 0.5  # of the lesson for the attention heads
 GUIDE_EVERY = 4  # steps between two of it
 PHONE_WEIGHT = 0.3  # of the lesson for the phone
 COMING_WEIGHT = 0.5  # of the lesson for the phone that comes next
+LASTING_WEIGHT = 0.5  # of the lesson for how long the word has lasted, and will last
 TELL_ROWS = 0.5  # share of a batch's rows in which the language model is told how the words sound
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
 HIDE_UNITS = 0.15  # share of the units that are hidden in these
@@ -84,10 +85,20 @@ _ADAM_BETAS = (0.9, 0.98)
 _DECIDES_TRAINING = (
     *("splits", "batch_positions", "lr", "lesson_lr", "weight_decay", "grad_clip"),
     "guide_weight",
-    *("guide_every", "phone_weight", "coming_weight", "tell_rows", "hide_rows", "hide_units", "dropout", "dtype"),
+    *(
+        "guide_every",
+        "phone_weight",
+        "coming_weight",
+        "lasting_weight",
+        "tell_rows",
+        "hide_rows",
+        "hide_units",
+        "dropout",
+        "dtype",
+    ),
     "seed",
 )
-_OTHER_LOSSES = ("loss_with_wrong_text", "loss_with_sounds")
+_OTHER_VALUES = ("loss_with_wrong_text", "loss_with_sounds", "lasting_acc_with_sounds")
 
 
 class Aligned(NamedTuple):
@@ -334,6 +345,7 @@ class Teaching(LongTraining):
             found = self.lessons(batch, kept, told, guide=self.step % settings.guide_every == 0)
         loss = found.loss + settings.guide_weight * found.guide
         loss = loss + settings.phone_weight * found.phone + settings.coming_weight * found.coming
+        loss = loss + settings.lasting_weight * found.lasting
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
@@ -380,18 +392,18 @@ class Teaching(LongTraining):
         """Score the measured utterances with their own texts, with others', and told how their words sound."""
         self.lessons.eval()
         items = self.measured
-        sums, others, targets = np.zeros(len(Lessons._fields)), np.zeros(2), 0
+        sums, others, targets = np.zeros(len(Lessons._fields)), np.zeros(len(_OTHER_VALUES)), 0
         for chosen in cut_batches(items.positions, _MEASURED_POSITIONS):
             batch = items.batch(chosen)
             strangers = items.batch(chosen, texts=[(number + len(items) // 2) % len(items) for number in chosen])
             count = int(items.units.lengths[chosen].sum()) + len(chosen)
             everyone = torch.ones(len(chosen), dtype=torch.bool, device=items.device)
             sums += count * np.array(torch.stack([*self.lessons(batch)]).tolist())
-            found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone, lessons=False)
-            others += count * np.array([float(one.loss) for one in found])
+            found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone)
+            others += count * np.array([*(float(one.loss) for one in found), float(found[1].lasting_acc)])
             targets += count
         loss, *lessons = (sums / targets).tolist()
-        values = {"loss": loss} | dict(zip(_OTHER_LOSSES, (others / targets).tolist(), strict=True))
+        values = {"loss": loss} | dict(zip(_OTHER_VALUES, (others / targets).tolist(), strict=True))
         values |= dict(zip(Lessons._fields[1:], lessons, strict=True)) | {"seconds": self.seconds}
         self.lines.add(CV_TAG, self.epoch, self.step, values)
         self.lines.say(f"-- {self.settings.dev} after {self.step} steps, {self.epoch} passes: {_shown(values)}")
