@@ -368,18 +368,6 @@ def test_a_dtype_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("bfloat16", cpu) == torch.bfloat16
 
 
-def test_dropout_can_be_left_out(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    teach = teach_reading.Teaching.until_the_end
-    rates = lambda self, stop: seen.append({m.p for m in self.lessons.modules() if isinstance(m, torch.nn.Dropout)})  # noqa: E731
-    monkeypatch.setattr(
-        teach_reading.Teaching, "until_the_end", lambda self, stop: rates(self, stop) or teach(self, stop)
-    )
-    start("dry", "--steps", "1", "--dropout", "0")
-    start("wet", "--steps", "1")
-    assert seen[0] == {0.0} and max(seen[1]) > 0
-
-
 def test_a_stopped_run_goes_on_to_the_same_weights(start, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = start("straight", "--steps", "11")
     run = teach_reading.run

@@ -72,7 +72,6 @@ HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
 HIDE_UNITS = 0.15  # share of the units that are hidden in these
 CHECK_EVERY = 500  # steps between two evaluations on DEV
 SAVE_MINUTES = 5.0  # between two saves
-DROPOUT = None  # float: in place of the configuration's; 0 is faster and learns as well for a few passes
 DTYPE = "auto"  # of the matrix products: float32 (TF32 on a GPU), bfloat16; auto: bfloat16 on a CPU with AMX
 SEED = 1986  # of the order of the data, of what is hidden, of dropout
 THREADS = 1  # of the CPU
@@ -149,10 +148,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     torch.manual_seed(settings.seed)
     llm = load_model(settings.config, "llm")
     load_state(llm, read_weights(start), start)
-    if settings.dropout is not None:
-        for part in llm.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = settings.dropout
     llm.text_embedding.requires_grad_(False)  # start_llm.py has taught them, and features that hold them stay valid
     lessons = ReadingLessons(llm.float()).to(device)
     teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start), dtype=dtype)
