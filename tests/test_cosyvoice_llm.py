@@ -142,7 +142,7 @@ def test_tokens_in_the_padding_change_nothing(lm, batch):
 
 def test_no_position_sees_its_own_target_and_the_task_position_predicts_the_first(lm, batch):
     scored = []
-    lm.llm_decoder.register_forward_hook(lambda module, inputs, output: scored.append(output.detach()))
+    lm.llm.register_forward_hook(lambda module, inputs, output: scored.append(output[0].detach()))
     row, changed = 1, 4
     lm(batch, "cpu")
     batch["speech_token"][row, changed] = (batch["speech_token"][row, changed] + 1) % lm.speech_token_size
@@ -155,13 +155,18 @@ def test_no_position_sees_its_own_target_and_the_task_position_predicts_the_firs
 
 
 def test_the_loss_counts_the_s3_tokens_from_the_task_position_and_the_end(lm, batch):
-    seen = []
+    seen, states = [], []
     lm.criterion_ce.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    lm.llm.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+    lm.llm_decoder.register_forward_hook(lambda module, inputs, output: states.append(inputs[0]))
     lm(batch, "cpu")
-    for row, target in enumerate(seen[0].tolist()):
+    wanted, positions = [], []
+    for row in range(len(batch["text_token"])):
         text, speech = int(batch["text_token_len"][row]), int(batch["speech_token_len"][row])
-        wanted = [IGNORE_ID] * (2 + text) + batch["speech_token"][row, :speech].tolist() + [lm.eos_token]
-        assert target == wanted + [IGNORE_ID] * (len(target) - len(wanted))
+        wanted += [*batch["speech_token"][row, :speech].tolist(), lm.eos_token]
+        positions.append(states[0][row, 2 + text : 3 + text + speech])
+    assert seen[0].tolist() == wanted
+    assert torch.equal(states[1], torch.cat(positions))
 
 
 # ---- writing tokens
@@ -191,7 +196,7 @@ def test_tokens_are_scored_while_writing_as_they_are_in_training(lm, golden_case
         },
         "cpu",
     )
-    expected = trained[0][0].log_softmax(dim=-1)[-len(written) - 1 :]
+    expected = trained[0].log_softmax(dim=-1)[-len(written) - 1 :]
     assert relative_error(torch.stack(scores), expected[: len(scores)]) < TOLERANCE
 
 
@@ -388,6 +393,9 @@ def test_the_loss_is_the_divergence_from_the_smoothed_targets(smoothing, normali
     smoothed = torch.full((2, 5, 7), smoothing / 6).scatter(-1, target.clamp_min(0).unsqueeze(-1), 1 - smoothing)
     divergence = F.kl_div(logits.log_softmax(-1), smoothed, reduction="none")[target != IGNORE_ID].sum()
     loss = LabelSmoothingLoss(7, IGNORE_ID, smoothing, normalize_length)(logits, target)
+    counted = target != IGNORE_ID
+    alone = LabelSmoothingLoss(7, IGNORE_ID, smoothing, normalize_length)(logits[counted], target[counted], batch=2)
+    torch.testing.assert_close(alone, loss)
     assert float(loss) == pytest.approx(float(divergence) / (8 if normalize_length else 2), rel=1e-5)
 
 

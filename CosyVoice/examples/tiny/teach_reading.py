@@ -82,20 +82,8 @@ _MEASURED_POSITIONS = 20_000  # of a batch that is measured
 _EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
 _ADAM_BETAS = (0.9, 0.98)
 _DECIDES_TRAINING = (
-    *("splits", "batch_positions", "lr", "lesson_lr", "weight_decay", "grad_clip"),
-    "guide_weight",
-    *(
-        "guide_every",
-        "phone_weight",
-        "coming_weight",
-        "lasting_weight",
-        "tell_rows",
-        "hide_rows",
-        "hide_units",
-        "dropout",
-        "dtype",
-    ),
-    "seed",
+    *("splits", "batch_positions", "lr", "lesson_lr", "weight_decay", "grad_clip", "guide_weight", "guide_every"),
+    *("phone_weight", "coming_weight", "lasting_weight", "tell_rows", "hide_rows", "hide_units", "dtype", "seed"),
 )
 _OTHER_VALUES = ("loss_with_wrong_text", "loss_with_sounds", "lasting_acc_with_sounds")
 

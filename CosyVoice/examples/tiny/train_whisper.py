@@ -161,7 +161,11 @@ def prepare(spoken: Spoken, tokenizer: Any, vocabulary: Sequence[int], lexicon: 
     padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
     timed = time_tokens(spoken, tokenizer, lexicon)
     class_of = {token: index + 1 for index, token in enumerate(vocabulary)}
-    heard = [(class_of.get(token, IGNORED), span) for token, span in zip(*timed, strict=True) if span is not None]
+    heard = [
+        (class_of.get(token, IGNORED), span)
+        for token, span in zip(timed.tokens, timed.spans, strict=True)
+        if span is not None
+    ]
     tokens = torch.zeros(frames, dtype=torch.long)
     middles = (torch.arange(frames) + 0.5) / FRAMES_PER_SECOND
     for index, span in heard:
