@@ -25,7 +25,7 @@ SOUND_NOISE = 0.25  # largest standard deviation of what is added to the mean of
 LENGTH_NOISE = 0.1  # the same for the logarithm of their number
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
-_QUIET = 0.01
+_QUIET = 0.01  # standard deviation of the last weights of `WordSounds` at first
 _MEAN_GAIN = 2.0  # the mean of a word's unit vectors varies by about half of what these do
 _BUMPS, _LONGEST = 16, 4.2  # of the logarithm of a word's units: the curves that it is given as, up to 66 units
 
