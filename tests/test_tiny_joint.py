@@ -135,6 +135,12 @@ def test_other_settings_do_not_go_on(trained, start, capsys):
     assert "other settings (hide_units)" in capsys.readouterr().err
 
 
+def test_an_unknown_dtype_is_refused_before_anything_is_read(start, capsys):
+    with pytest.raises(AssertionError):
+        start("odd-dtype", dtype="fp16", train="/nowhere")
+    assert "expected auto, float32 or bfloat16" in capsys.readouterr().err
+
+
 def test_a_text_that_is_left_out_does_not_learn(start, model_dir):
     before = load_part(model_dir, "llm").state_dict()
     biases = [name for name in before if name.startswith("text_encoder.encoders.") and name.endswith(".bias")]

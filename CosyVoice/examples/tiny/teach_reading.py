@@ -142,6 +142,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     print(
         f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device} in {dtype}"
     )
+    teaching.go_on()
     return teaching.until_the_end(stop_requested)
 
 
@@ -295,23 +296,16 @@ class Teaching(LongTraining):
         self.learning = [weight for group in groups for weight in group["params"]]
         self.unlogged: list[Tensor] = []  # of the steps since the last line
 
-    def until_the_end(self, stop_requested: Callable[[], bool]) -> bool:
-        """Go on from what was saved, if anything was; see `LongTraining.until_the_end`.
-
-        Args:
-            stop_requested: asked before each step.
-
-        Returns:
-            False where it was asked to stop.
+    def go_on(self) -> None:
+        """Take up what an earlier run saved, if one did.
 
         Raises:
-            ValueError: a loss is no number (what was saved is from before), or the saved state is of other settings.
+            ValueError: it is of other settings.
         """
         resume(self.folder / "state.pt", self._parts(), self._deciding())
         self.lines = TrainLog(self.folder, None, self.step, active=True)
         if self.step:
             self.lines.say(f"going on from step {self.step}")
-        return super().until_the_end(stop_requested)
 
     def one_step(self, share: float) -> None:
         """Learn from one batch.
@@ -382,7 +376,7 @@ class Teaching(LongTraining):
             count = int(items.units.lengths[chosen].sum()) + len(chosen)
             everyone = torch.ones(len(chosen), dtype=torch.bool, device=items.device)
             sums += count * np.array(torch.stack([*self.lessons(batch)]).tolist())
-            found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone)
+            found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone, guide=False)
             others += count * np.array([*(float(one.loss) for one in found), float(found[1].lasting_acc)])
             targets += count
         loss, *lessons = (sums / targets).tolist()

@@ -95,22 +95,9 @@ _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the 
 _ADAM_BETAS = (0.9, 0.98)
 _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
 _DECIDES_TRAINING = (
-    *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip"),
-    *(
-        "hide_rows",
-        "hide_units",
-        "drop_text",
-        "quantizer_from",
-        "audio_gain",
-        "lesson_steps",
-        "lesson_utterances",
-        "sounds",
-        "sound_steps",
-        "remaining_weight",
-        "commitment_weight",
-        "dtype",
-        "seed",
-    ),
+    *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip", "hide_rows"),
+    *("hide_units", "drop_text", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "sounds"),
+    *("sound_steps", "remaining_weight", "commitment_weight", "dtype", "seed"),
 )
 
 
@@ -134,9 +121,10 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         OSError, ValueError: the message is for the person at the keyboard.
     """
     check(settings)
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
     print(f"settings of {settings.out}:\n{settings.describe()}\n")
     settings.save(settings.out / "settings.json")
-    device = pick_device(settings.device)
     torch.set_float32_matmul_precision("high")
     model_sizes = sizes(settings.model_dir)
     train_sets = [open_set(name, model_sizes) for name in settings.train]
@@ -162,6 +150,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         {name: PackedFeatures([dev_set], device) for name, dev_set in dev_sets.items()},
         everything,
         spans,
+        dtype,
     )
     print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
     training.go_on(state_path)
@@ -314,6 +303,7 @@ class JointTraining(LongTraining):
         dev_sets: to measure, by name.
         dataset: the same as `features`, for the codebooks' start on the CPU.
         spans: of the tokens of some of its utterances, by number.
+        dtype: of the matrix products.
     """
 
     KEPT = (*LongTraining.KEPT, "codebooks_started", "history")
@@ -326,9 +316,10 @@ class JointTraining(LongTraining):
         dev_sets: Mapping[str, PackedFeatures],
         dataset: Any,
         spans: Mapping[int, Tensor],
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch))
-        self.dtype = pick_dtype(settings.dtype, features.device)
+        self.dtype = dtype
         self.joint, self.features, self.dev_sets = joint, features, dev_sets
         self.dataset = dataset
         self.remaining: PackedRows | None = None
