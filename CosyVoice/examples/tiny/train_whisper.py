@@ -34,7 +34,7 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 
 from corpus_reader import PHONES, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
-from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from resumable import learning_rate, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
 from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
@@ -60,7 +60,7 @@ GRAD_CLIP = 1.0  # largest norm of the gradient
 PROSODY_WEIGHT = 1.0  # of the squared error of timing and spectrum
 SAMPLED_FRAMES = 16  # of the silence behind a recording, in place of all of it
 CLEAN_SHARE = 0.5  # of the rows that get no noise
-DTYPE = "bfloat16"  # of the matrix products: bfloat16 or float32
+DTYPE = "bfloat16"  # of the matrix products: float32, bfloat16; auto: bfloat16 on a CPU with AMX
 MEASURED_UTTERANCES = 100  # of the dev split, measured at the end with the whole window
 SEED = 0  # of everything random
 THREADS = 1  # of the CPU
@@ -77,7 +77,6 @@ _QUIETEST = -1.5  # log-mel of 1e-10
 _BANDS = 16  # the log-mel's 128 bins, eight at a time
 _MOST_JOINED_FRAMES = 1_200
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _DECIDES_TRAINING = (
     *("epochs", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
     *("sampled_frames", "clean_share", "dtype", "seed"),
@@ -120,8 +119,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     Raises:
         OSError, ValueError: the message is for the person at the keyboard.
     """
-    if settings.dtype not in _DTYPES:
-        raise ValueError(f"DTYPE is {settings.dtype!r}; expected one of {', '.join(_DTYPES)}")
+    dtype = pick_dtype(settings.dtype, torch.device("cpu"))
     folder = settings.work_dir / "whisper"
     print(f"settings of {folder}:\n{settings.describe()}\n")
     settings.save(folder / "settings.json")
@@ -141,7 +139,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     teacher = FrameTeacher(_WIDTH, embeddings, len(PHONES), 4 + _BANDS)
     if settings.start_from:
         start_from(Path(settings.start_from), whisper, teacher)
-    if not train(settings, whisper, teacher, corpora["train"].examples, folder / "last.pt", stop_requested):
+    if not train(settings, whisper, teacher, corpora["train"].examples, dtype, folder / "last.pt", stop_requested):
         return False
     write_whisper(whisper, folder)
     measured = Corpus(*(part[: settings.measured_utterances] for part in corpora["dev"]))
@@ -255,6 +253,7 @@ def train(
     whisper: WhisperForConditionalGeneration,
     teacher: FrameTeacher,
     examples: Sequence[Example],
+    dtype: torch.dtype,
     checkpoint_path: Path,
     stop_requested: Callable[[], bool],
 ) -> bool:
@@ -265,6 +264,7 @@ def train(
         whisper: its encoder learns.
         teacher: its heads learn.
         examples: to learn from.
+        dtype: of the matrix products.
         checkpoint_path: written after each epoch, read where it exists.
         stop_requested: asked after each step.
 
@@ -294,7 +294,7 @@ def train(
             optimizer.param_groups[0]["lr"] = learning_rate(round(10_000 * course), 10_000, settings.lr)
             mels, tokens, phones, prosody = collate([[examples[i] for i in row] for row in batch])
             mels = disturb(mels, (phones != IGNORED).sum(dim=1), settings.clean_share, generator)
-            with torch.autocast("cpu", _DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 states = encode(encoder, mels, _MID_LAYER, settings.sampled_frames, generator)
                 losses = teacher(states, tokens, phones, prosody)
             loss = losses.text + losses.phone + settings.prosody_weight * losses.prosody
