@@ -12,7 +12,7 @@ sys.path.insert(0, str(TINY))
 
 import train_taste  # noqa: E402
 from joint_taste import JointModel, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, hear_sounds, remaining, teach  # noqa: E402
+from listening_lesson import find_tokens, hear_sounds, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
 
@@ -30,7 +30,7 @@ from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples
 CPU = torch.device("cpu")
 LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]
 QUICK = {"steps": 6, "batch_units": 120, "check_every": 3, "device": "cpu", "quantizer_from": 0.3, "llm_lr": 3e-3}
-QUICK |= {"lesson_steps": 5, "remaining_weight": 0.2, "dtype": "float32"}
+QUICK |= {"lesson_steps": 5, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -258,18 +258,7 @@ def test_tokens_are_found_alike_by_one_process_and_by_two():
         assert span.shape == (6, 2) and bool((span[1:, 0] >= span[:-1, 1]).all())
 
 
-def test_what_remains_of_a_word_is_counted_to_its_end():
-    (example,) = random_examples([(3, 8)])  # words: tokens 0 and 1, token 2
-    left = remaining(example, torch.tensor([[1, 3], [3, 5], [6, 9]])).exp()  # the last frame has no unit
-    assert left.nan_to_num(-1).round().tolist() == [-1, 4, 3, 2, 1, -1, 2, 1]
-    assert remaining(example, None).isnan().all()
-
-
 # --- the joint model
-
-
-def states_of(model, batch):
-    return model.states_after(model.prefix(batch), batch.units, batch.unit_lengths)
 
 
 def test_variants_side_by_side_cost_what_each_costs_alone(model_dir, packed):
@@ -282,12 +271,6 @@ def test_variants_side_by_side_cost_what_each_costs_alone(model_dir, packed):
     for loss, name in zip(found, names, strict=True):
         scores = models[name](batch)
         torch.testing.assert_close(loss, scores.loss_sums.sum() / scores.target_counts.sum())
-    assert joint(batch, names).remaining == 0
-    left = torch.full(batch.units.shape, torch.nan)
-    left[1, 2] = 3.0
-    error = joint(batch, names, None, left).remaining
-    reading = torch.stack([joint.reader(states_of(models[name], batch)[1, 2])[0] for name in names[1:]])
-    torch.testing.assert_close(error, (reading - 3.0).square().mean())
     hidden = torch.ones_like(batch.units, dtype=torch.bool)
     assert not torch.allclose(joint(batch, names, hidden).losses, found)
 
@@ -301,7 +284,7 @@ def test_everything_learns_but_the_text_embedding(model_dir, packed):
     assert joint.llm.text_encoder.training and joint.llm.llm.training
     joint(together.batch([0, 9, 4]), VARIANTS[:3]).losses.mean().backward()
     without = {name for name, parameter in joint.named_parameters() if parameter.grad is None}
-    assert without == {"models.text_only.llm.text_embedding.weight", "reader.weight", "reader.bias"}
+    assert without == {"models.text_only.llm.text_embedding.weight"}
 
 
 def test_a_row_without_text_reads_the_mean_of_all_text_that_was_encoded(model_dir, packed):
@@ -358,9 +341,7 @@ def sounding(examples: list[Example]) -> tuple[list[Example], dict[str, torch.Te
 
 def loud_sounds() -> WordSounds:
     torch.manual_seed(7)
-    sounds = WordSounds(torch.randn(SIZES.speech_vocab, SIZES.lm_width), SIZES.lm_width)
-    torch.nn.init.normal_(sounds.mapping[-1].weight)
-    return sounds
+    return WordSounds(SIZES.lm_width)
 
 
 def test_the_aggregator_learns_to_hear_how_words_sound():
@@ -387,10 +368,10 @@ def test_the_units_tokens_of_some_utterances_must_be_known():
 
 
 def test_a_training_begins_with_what_the_language_model_was_told(start, examples, tmp_path, capsys):
-    llm_width, owners = SIZES.lm_width, {}
+    owners = {}
     for example in examples:
         owners[example.utt_id] = torch.arange(len(example.units)).clamp(max=len(example.text) - 1).to(torch.uint8)
-    torch.save(WordSounds(torch.randn(SIZES.speech_vocab, llm_width), llm_width).state_dict(), tmp_path / SOUNDS_FILE)
+    torch.save(WordSounds(SIZES.lm_width).state_dict(), tmp_path / SOUNDS_FILE)
     torch.save(owners, tmp_path / OWNERS_FILE)
     start("told", sounds=tmp_path, sound_steps=3, variants="taste_novq")
     assert '"sounds": ' in capsys.readouterr().out

@@ -30,15 +30,10 @@ class JointLosses(NamedTuple):
 
     losses: Tensor  # [V], cross-entropy in nats, mean over the targets
     commitment: Tensor  # scalar, the quantizer's, mean over the words; 0 without one
-    remaining: Tensor  # scalar, squared error of what remains of a word, mean over units of known words; 0 unasked
 
 
 class JointModel(nn.Module):
     """Variants that share a language model, and what else the same module is in more than one of them.
-
-    Beside them stands a linear reader that is thrown away after the training: from the language model's last state
-    before a unit it must tell how much of the word remains. With a recording that can be known, and to tell it, the
-    language model has to look at what it is told of the recording; the next unit alone hardly ever asks for it.
 
     Args:
         models: by variant, at least one.
@@ -47,7 +42,6 @@ class JointModel(nn.Module):
     def __init__(self, models: Mapping[str, CosyVoiceS3Model]) -> None:
         super().__init__()
         self.models = nn.ModuleDict(models)
-        self.reader = nn.Linear(self.llm.llm_decoder.in_features, 1)
 
     @property
     def llm(self) -> TransformerLM:
@@ -72,7 +66,6 @@ class JointModel(nn.Module):
         batch: Batch,
         variants: Sequence[str],
         hidden_units: Tensor | None = None,
-        remaining: Tensor | None = None,
         textless: Tensor | None = None,
     ) -> JointLosses:
         """What the true units of a batch cost each variant; the language model reads all of them side by side.
@@ -81,8 +74,6 @@ class JointModel(nn.Module):
             batch: the utterances.
             variants: names of those that read it.
             hidden_units: [B, S], bool, see `CosyVoiceS3Model.states_after`; the same for all variants.
-            remaining: of each unit, the logarithm of the units from it to its word's end, [B, S]; not a number where
-                nobody knows. None: the reader is not asked. Of `text_only` it never is.
             textless: [B], bool, True where the encoded text is left out of what is fused, see `_without_text`. None:
                 nowhere.
 
@@ -100,11 +91,7 @@ class JointModel(nn.Module):
         targets = models[0].targets(batch).repeat(count, 1).flatten()
         each = F.cross_entropy(logits, targets, ignore_index=IGNORE_ID, reduction="none").view(count, -1)
         commitment = sum(reading.commitment_sums.sum() / reading.word_counts.sum().clamp(min=1) for reading in readings)
-        hearing = [number for number, model in enumerate(models) if model.aggregator is not None]
-        error = each.new_zeros(())
-        if remaining is not None and hearing:
-            error = self._error(states.unflatten(0, (count, -1))[hearing], remaining)
-        return JointLosses(each.sum(dim=1) / (batch.unit_lengths + 1).sum(), commitment, error)
+        return JointLosses(each.sum(dim=1) / (batch.unit_lengths + 1).sum(), commitment)
 
     def commit(self, loss: Tensor) -> None:
         """Add the gradient of the quantizer's commitment, to the quantizer's weights alone; call it before `backward`.
@@ -141,13 +128,6 @@ class JointModel(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _error(self, states: Tensor, remaining: Tensor) -> Tensor:
-        """How wrong the reader is, from states [V, B, S+1, D], about [B, S]."""
-        known = ~remaining.isnan()
-        told = self.reader(states[:, :, :-1])[..., 0].float()
-        squares = (told - remaining.nan_to_num()).square() * known
-        return squares.sum() / (known.sum() * len(states)).clamp(min=1)
 
 
 def start_codebooks(joint: JointModel, examples: Sequence[Example]) -> list[float]:

@@ -37,6 +37,8 @@ _UNSEEN_SHARE = 0.1  # of the utterances, to measure with
 _POSITIONS = 5_000  # of the language model in a batch, as `PackedFeatures` counts
 _GRAD_CLIP = 1.0
 _FEWEST = 10  # utterances to hear sounds in
+_BLUR = 0.5  # standard deviation of what is added to the aggregator's vectors while the branch learns to read them
+_BULK_WEIGHT = 0.02  # of the vectors' variance: what nobody reads shall not take the codes' room
 
 
 class Told(NamedTuple):
@@ -84,23 +86,6 @@ def find_tokens(dataset: Dataset[Example], chosen: Sequence[int], workers: int =
 
 def _as_it_is(value: list[np.ndarray]) -> list[np.ndarray]:
     return value  # a tensor would need a file handle to come from another process
-
-
-def remaining(example: Example, spans: Tensor | None) -> Tensor:
-    """How much of its word remains when a unit begins.
-
-    Args:
-        example: the utterance.
-        spans: of its tokens, as `find_tokens` gives them; None where nobody looked.
-
-    Returns:
-        of each unit, the logarithm of the units from it to its word's end, [S]; not a number outside of words.
-    """
-    left = torch.full((len(example.units),), torch.nan)
-    for first, last in [] if spans is None else word_spans(example.word_ids):
-        start, end = int(spans[first, 0]), min(int(spans[last - 1, 1]), len(left))
-        left[start:end] = torch.arange(end - start, 0, -1).float().log()
-    return left
 
 
 def teach(
@@ -163,6 +148,9 @@ def hear_sounds(
 ) -> float:
     """Teach aggregator and audio branch to tell how the words sound, as the language model was told it.
 
+    The branch reads the aggregator's vectors through some noise: what it needs is therefore said loudly, and is what a
+    quantizer keeps of them.
+
     Args:
         model: of `taste_novq` or `taste`; on the device.
         sounds: what the language model was told; on the device.
@@ -202,8 +190,13 @@ def hear_sounds(
         batch = features.batch(chosen)
         wanted, lengths = targets.batch(chosen, features.there(chosen))
         valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
-        told = model.audio_branch(model.aggregate(batch), batch.text_lengths)
-        return ((told - wanted).square() * valid).sum() / valid.sum() / variance
+        vectors, bulk = model.aggregate(batch), wanted.new_zeros(())
+        if model.training:
+            there = vectors[valid[:, :, 0]]
+            bulk = _BULK_WEIGHT * (there - there.mean(dim=0)).square().mean()
+            vectors = vectors + _BLUR * torch.randn_like(vectors)
+        told = model.audio_branch(vectors, batch.text_lengths)
+        return ((told - wanted).square() * valid).sum() / valid.sum() / variance + bulk
 
     learning = [*model.aggregator.parameters(), *model.audio_branch.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)

@@ -21,12 +21,10 @@ GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some th
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
 COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
 LASTING_BOUNDS = (0, 1, 2, 4, 7, 12, 20)  # units: how long a word has lasted or will last is told in classes up to each
-SOUND_NOISE = 0.25  # largest standard deviation of what is added to the mean of a word's units
-LENGTH_NOISE = 0.1  # the same for the logarithm of their number
+LENGTH_NOISE = 0.2  # largest standard deviation of what is added to the logarithm of a word's number of units
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
-_QUIET = 0.01  # standard deviation of the last weights of `WordSounds` at first
-_MEAN_GAIN = 2.0  # the mean of a word's unit vectors varies by about half of what these do
+_LOUD = 1.0  # standard deviation of the weights of `WordSounds` at first: what is too quiet is not listened to
 _BUMPS, _LONGEST = 16, 4.2  # of the logarithm of a word's units: the curves that it is given as, up to 66 units
 
 
@@ -68,7 +66,7 @@ class ReadingLessons(nn.Module):
         self.phone_reader = nn.Linear(width, len(PHONES))
         self.coming_readers = nn.ModuleList(nn.Linear(width, len(PHONES) + 1) for _ in range(2))  # and one for the end
         self.lasting_readers = nn.ModuleList(nn.Linear(width, len(LASTING_BOUNDS) + 1) for _ in range(2))
-        self.word_sounds = WordSounds(llm.speech_embedding.weight.detach(), llm.llm_input_size)
+        self.word_sounds = WordSounds(llm.llm_input_size)
         self._kept: Tensor | None = None  # which units may be seen, [B, S]
         self._scores: list[Tensor] = []  # log-weights of the guided heads, [B, G, L, L] a layer
         self._deep: Tensor | None = None
@@ -175,18 +173,18 @@ def lasting_classes(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 class WordSounds(nn.Module):
     """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
 
+    That is how long the word lasts. Which units it holds would be worth more, were it known exactly; the mean of
+    Whisper's states over a word does not tell between units that are alike, and only between those a language model
+    that has read the text still hesitates.
+
     Args:
-        units: a vector of each S3 unit, [V, D]; they stay as they are.
         width: of the vectors that it makes.
     """
 
-    def __init__(self, units: Tensor, width: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("units", F.layer_norm(units.float(), units.shape[-1:]))
-        self.mapping = nn.Sequential(
-            nn.Linear(units.shape[-1] + _BUMPS, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-        nn.init.normal_(self.mapping[-1].weight, std=_QUIET)  # little is told at first
+        self.mapping = nn.Linear(_BUMPS, width)
+        nn.init.normal_(self.mapping.weight, std=_LOUD)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Make the vectors of each token's word; in training some noise is added to what they are made from.
@@ -197,36 +195,30 @@ class WordSounds(nn.Module):
         Returns:
             [B, T, width]; 0 for words that are not heard.
         """
-        means, lasting, heard = self.describe(batch)
+        lasting, heard = self.describe(batch)
         if self.training:
-            size = torch.rand(len(means), 1, 1, device=means.device)
-            means = means + SOUND_NOISE * size * torch.randn_like(means)
-            lasting = lasting + LENGTH_NOISE * size * torch.randn_like(lasting)
-        centres = torch.linspace(0, _LONGEST, _BUMPS, device=means.device)
+            size = LENGTH_NOISE * torch.rand(len(lasting), 1, 1, device=lasting.device)
+            lasting = lasting + size * torch.randn_like(lasting)
+        centres = torch.linspace(0, _LONGEST, _BUMPS, device=lasting.device)
         bumps = torch.exp(-((lasting - centres) / (_LONGEST / _BUMPS)).square() / 2)
-        return self.mapping(torch.cat([means, bumps], dim=2)) * heard
+        return self.mapping(bumps) * heard
 
-    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The mean vector of each token's word's units, and how long it lasts.
+    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """How long each token's word lasts.
 
         Args:
             batch: as `ReadingLessons.forward` reads it.
 
         Returns:
-            the mean, [B, T, D], float32, varying by about a half; the logarithm of the number of units, [B, T, 1]; and
-            whether the word is heard at all, [B, T, 1], 0 or 1.
+            the logarithm of the number of its units, [B, T, 1], float32; and whether it is heard at all, [B, T, 1],
+            0 or 1.
         """
-        words, units = batch["word"], batch["speech_token"]
-        there = torch.arange(units.shape[1], device=units.device) < batch["speech_token_len"][:, None]
+        words = batch["word"]
+        there = torch.arange(batch["owner"].shape[1], device=words.device) < batch["speech_token_len"][:, None]
         spoken = words.gather(1, batch["owner"]).masked_fill(~there, words.shape[1])  # the word of each unit, [B, S]
-        slots = len(words), words.shape[1] + 1
-        counts = self.units.new_zeros(slots).scatter_add_(1, spoken, there.float())[:, :-1]
-        vectors = self.units[units]
-        sums = self.units.new_zeros(*slots, vectors.shape[-1])
-        sums.scatter_add_(1, spoken[:, :, None].expand_as(vectors), vectors)
-        means = _MEAN_GAIN * sums[:, :-1] / counts.clamp(min=1)[:, :, None]
-        parts = means, counts.clamp(min=1).log()[:, :, None], (counts > 0).float()[:, :, None]
-        return tuple(part.gather(1, words[:, :, None].expand(-1, -1, part.shape[-1])) for part in parts)
+        counts = self.mapping.weight.new_zeros(len(words), words.shape[1] + 1)
+        counts = counts.scatter_add_(1, spoken, there.to(counts.dtype))[:, :-1].gather(1, words)[:, :, None]
+        return counts.clamp(min=1).log(), (counts > 0).to(counts.dtype)
 
 
 def log_weights(

@@ -13,7 +13,7 @@ speech and end with the training: some attention heads are shown the token that 
 arXiv 1710.08969), and linear layers must tell, from hidden states, the phone of the next unit and the phone that comes
 after the one being spoken. Without them the model learns which unit follows which, and finds its place in the text
 late or never. Some units are hidden from it, so that it has to go by the text where it speaks freely. In some rows it
-is told how each word sounds and how long it lasts, beside the text, where TASTE will tell it what a recording holds;
+is told how long each word lasts, beside the text, where TASTE will tell it what a recording holds;
 `word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear it. Exit codes: 0 done, 1 error, 2 unknown
 flag, 130/143 stopped, saved.
 """

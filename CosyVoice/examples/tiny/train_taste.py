@@ -34,8 +34,8 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, hear_sounds, remaining, teach  # noqa: E402
-from packed_features import PackedFeatures, PackedRows  # noqa: E402
+from listening_lesson import find_tokens, hear_sounds, teach  # noqa: E402
+from packed_features import PackedFeatures  # noqa: E402
 from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
 from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
@@ -77,10 +77,9 @@ DROP_TEXT = 0.0  # share of a batch's rows in which the taste variants must do w
 QUANTIZER_FROM = 0.3  # share of the training after which codebooks are started and `taste` joins
 AUDIO_GAIN = 0.5  # size of what is told of the recording at first, of the text's
 LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listening_lesson.py; 0: none
-LESSON_UTTERANCES = 1_500  # that are aligned, for it and for the next setting
+LESSON_UTTERANCES = 1_500  # that are aligned for it
 SOUNDS = None  # str: folder with what teach_reading.py told the language model of words' sounds, to be heard now
 SOUND_STEPS = 1_000  # of the lesson that teaches aggregator and audio branch to hear it
-REMAINING_WEIGHT = 0.0  # of telling, in the training, how much of a word remains; 0: not asked for
 COMMITMENT_WEIGHT = 0.1  # of the quantizer's commitment to its codes, which moves the quantizer alone
 DTYPE = "auto"  # of the matrix products: float32 (TF32 on a GPU), bfloat16; auto: bfloat16 on a CPU with AMX
 CHECK_EVERY = 500  # steps between two evaluations
@@ -97,7 +96,7 @@ _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper())
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip", "hide_rows"),
     *("hide_units", "drop_text", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "sounds"),
-    *("sound_steps", "remaining_weight", "commitment_weight", "dtype", "seed"),
+    *("sound_steps", "commitment_weight", "dtype", "seed"),
 )
 
 
@@ -149,7 +148,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         PackedFeatures(train_sets, device),
         {name: PackedFeatures([dev_set], device) for name, dev_set in dev_sets.items()},
         everything,
-        spans,
         dtype,
     )
     print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
@@ -235,7 +233,7 @@ def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> Non
 
 def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
     """Align some utterances of the training sets; gives the spans of their tokens by the utterance's number."""
-    if not settings.lesson_steps and not settings.remaining_weight:
+    if not settings.lesson_steps:
         return {}
     started = time.perf_counter()
     chosen = spread_evenly(len(dataset), settings.lesson_utterances)
@@ -288,7 +286,7 @@ def read_sounds(folder: Path, llm: TransformerLM) -> tuple[WordSounds, dict[str,
         FileNotFoundError: a file is missing.
         ValueError: it is another language model's.
     """
-    sounds = WordSounds(llm.speech_embedding.weight.detach(), llm.llm_input_size)
+    sounds = WordSounds(llm.llm_input_size)
     load_state(sounds, read_weights(folder / SOUNDS_FILE), folder / SOUNDS_FILE)
     return sounds, read_torch_file(folder / OWNERS_FILE)
 
@@ -302,7 +300,6 @@ class JointTraining(LongTraining):
         features: to learn from.
         dev_sets: to measure, by name.
         dataset: the same as `features`, for the codebooks' start on the CPU.
-        spans: of the tokens of some of its utterances, by number.
         dtype: of the matrix products.
     """
 
@@ -315,17 +312,12 @@ class JointTraining(LongTraining):
         features: PackedFeatures,
         dev_sets: Mapping[str, PackedFeatures],
         dataset: Any,
-        spans: Mapping[int, Tensor],
         dtype: torch.dtype,
     ) -> None:
         super().__init__(settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch))
         self.dtype = dtype
         self.joint, self.features, self.dev_sets = joint, features, dev_sets
         self.dataset = dataset
-        self.remaining: PackedRows | None = None
-        if settings.remaining_weight:
-            left = [remaining(dataset[number], spans.get(number)) for number in range(len(dataset))]
-            self.remaining = PackedRows(left, torch.nan, features.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
         )
@@ -365,16 +357,15 @@ class JointTraining(LongTraining):
             joint.train()
         chosen = self.begin_step(self.optimizer, share)
         batch = self.features.batch(chosen)
-        left = None if self.remaining is None else self.remaining.batch(chosen, self.features.there(chosen))[0]
         with torch.autocast(self.features.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found = joint(batch, variants, self._hidden_units(batch), left, self._textless(batch))
+            found = joint(batch, variants, self._hidden_units(batch), self._textless(batch))
         joint.commit(settings.commitment_weight * found.commitment)
-        (found.losses.mean() + settings.remaining_weight * found.remaining).backward()
+        found.losses.mean().backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.unlogged.append(torch.stack([*found.losses, found.commitment, found.remaining, norm]).detach())
+        self.unlogged.append(torch.stack([*found.losses, found.commitment, norm]).detach())
 
     def _variants(self, share: float) -> list[str]:
         """Those that learn by now; starts the codebooks when their time has come."""
@@ -416,7 +407,7 @@ class JointTraining(LongTraining):
         """
         values = torch.stack(self.unlogged).mean(dim=0).tolist()
         self.unlogged = []
-        *losses, commitment, left, norm = values
+        *losses, commitment, norm = values
         if not np.isfinite(values).all():
             raise ValueError(
                 f"step {self.step}: losses {losses}, norm of the gradient {norm}; state.pt is from before; remove it "
@@ -427,7 +418,6 @@ class JointTraining(LongTraining):
         results = {
             "losses": named,
             "commitment": commitment,
-            "remaining": left,
             "gradient_norm": norm,
             "lr": lr,
             "seconds": self.seconds,
@@ -435,11 +425,8 @@ class JointTraining(LongTraining):
         self.record.add("step", self.step, self.epoch, results)
         if self.step % (5 * LOG_EVERY) == 0:
             shown = "  ".join(f"{name} {loss:.3f}" for name, loss in named.items())
-            print(
-                f"step {self.step:6d}  {share:4.0%}  {self.step / max(self.seconds, 1e-9):5.1f} steps/s  {shown}  "
-                f"remaining {left:.3f}",
-                flush=True,
-            )
+            speed = self.step / max(self.seconds, 1e-9)
+            print(f"step {self.step:6d}  {share:4.0%}  {speed:5.1f} steps/s  {shown}", flush=True)
 
     def measure(self) -> None:
         """Score the dev sets."""
