@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: setup  ## run all four stages on the embedded model and corpus (about 2 minutes on 2 cores)
+demo: setup  ## run all four stages on the embedded model and corpus (about 3 minutes on 2 cores)
 	$(RUN) setup_cosyvoice.py --model-dir CosyVoice-tiny --verify-only --deep-verify
 	$(RUN) utt2text_and_feature.py --jsonl json/train.jsonl
 	$(RUN) utt2text_and_feature.py --jsonl json/test.jsonl
