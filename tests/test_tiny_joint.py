@@ -10,6 +10,7 @@ import torch
 TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
+import listening_lesson  # noqa: E402
 import train_taste  # noqa: E402
 from joint_taste import JointModel, start_codebooks  # noqa: E402
 from listening_lesson import find_tokens, hear_sounds, teach  # noqa: E402
@@ -358,6 +359,22 @@ def test_the_aggregator_learns_to_hear_how_words_sound():
     for name, value in model.state_dict().items():
         assert name.startswith(("aggregator.", "audio_branch.")) or torch.equal(value, before[name]), name
     assert all(torch.equal(value, kept[name]) for name, value in sounds.state_dict().items())
+
+
+def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypatch):
+    examples, owners = sounding(spoken(40))
+    shares = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(listening_lesson, "_BLUR", 0.0)
+            monkeypatch.setattr(listening_lesson, "_BULK_WEIGHT", 0.0)
+        model = small_model("taste_novq")
+        hear_sounds(model, loud_sounds(), owners, examples, device=CPU, steps=120, peak_lr=5e-3, seed=0)
+        with torch.no_grad():
+            vectors = torch.cat([model.aggregate(collate([example]))[0] for example in examples])
+        variances = torch.linalg.svdvals(vectors - vectors.mean(dim=0)).square()
+        shares.append(float(variances[0] / variances.sum()))  # long words from short ones: one direction is enough
+    assert shares[0] > shares[1]
 
 
 def test_the_units_tokens_of_some_utterances_must_be_known():

@@ -214,7 +214,6 @@ def _sounds_of(example: Example, owners: Tensor, sounds: WordSounds, device: tor
     values = {
         "word": example.word_ids,
         "owner": owners.long(),
-        "speech_token": example.units,
         "speech_token_len": torch.tensor(len(example.units)),
     }
     with torch.no_grad():
