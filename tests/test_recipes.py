@@ -453,13 +453,16 @@ def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> N
     assert "| word error | 12 % | 15 |" in text
     assert "| llm | 3 | 20 | 2.0000 | 3.0000 |" in text
     assert "| flow | not measured yet |" in text
-    assert "rate of its own" not in text
+    assert "vowels of its own" not in text
     split = {"hours": 1.5, "utterances": 9, "vocabulary": 7}
     counts = {"speakers": 3, "voices": ["slt"], "train": split, "test": split, "lively": split}
     (tmp_path / "work" / "corpus").mkdir()
     (tmp_path / "work" / "corpus" / "corpus.json").write_text(json.dumps(counts))
     assemble.write_readme(tmp_path / "model", tmp_path / "work", "CosyVoice-tiny")
-    assert "1.50 hours in which each word has a rate of its own" in (tmp_path / "model" / "README.md").read_text()
+    assert (
+        "1.50 hours in which each word has a rate and vowels of its own"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
 
 
 # ---- the words that the recipes give their tools

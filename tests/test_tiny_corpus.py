@@ -1,6 +1,7 @@
 """The synthesised corpus of the tiny recipe keeps the promises of its grammar and of its lists."""
 
 import json
+import random
 import runpy
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def demo() -> list[str]:
 @pytest.fixture(scope="module")
 def plan(maker: dict[str, Any], demo: list[str]) -> list[Any]:
     return maker["plan_corpus"](0.12, 0.03, 44, 44, 7, demo)
+
+
+@pytest.fixture(scope="module")
+def lively_plan(maker: dict[str, Any], plan: list[Any], flite: str) -> list[Any]:
+    return maker["read_some_lively"](plan, 7, flite)
 
 
 def readings(plan: list[Any], split: str) -> list[Any]:
@@ -116,17 +122,20 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_another(
     assert again[-3:] != maker["plan_corpus"](0.01, 0.01, 3, 3, 8, demo)[-3:]
 
 
-def test_words_of_lively_splits_have_rates_of_their_own_and_others_have_none(plan: list[Any]) -> None:
-    for item in plan:
+def test_words_of_lively_splits_have_rates_and_vowels_of_their_own_and_others_have_none(
+    plan: list[Any], lively_plan: list[Any]
+) -> None:
+    for item, planned in zip(lively_plan, plan, strict=True):
         reading = item.reading
         if reading.split.startswith("lively"):
-            assert len(reading.word_rates) == len(reading.text.split()) > len(set(reading.pauses))
+            assert len(reading.word_rates) == len(reading.said) == len(reading.text.split()) > len(set(reading.pauses))
+            assert reading._replace(word_rates=(), pauses=(), said=()) == planned.reading
         else:
-            assert reading.word_rates == reading.pauses == ()
-    rates = [rate for item in plan for rate in item.reading.word_rates]
+            assert item == planned and reading.word_rates == reading.pauses == reading.said == ()
+    rates = [rate for item in lively_plan for rate in item.reading.word_rates]
     assert 0.6 <= min(rates) < 0.65 and 1.5 < max(rates) <= 1.6
     assert 0.4 < sum(rate < (0.6 * 1.6) ** 0.5 for rate in rates) / len(rates) < 0.6
-    assert 0.05 < sum(len(item.reading.pauses) for item in plan) / len(rates) < 0.2
+    assert 0.05 < sum(len(item.reading.pauses) for item in lively_plan) / len(rates) < 0.2
 
 
 def test_without_lively_hours_the_other_splits_are_the_same(
@@ -221,6 +230,27 @@ def test_a_word_at_half_the_rate_lasts_twice_as_long_and_the_others_as_long_as_b
     before, after = (sum(row[heron]) for row in seconds)
     assert after == pytest.approx(2 * before, rel=0.02)
     assert sum(seconds[1]) - after == pytest.approx(sum(seconds[0]) - before, abs=0.02)
+
+
+def test_half_of_the_vowels_are_others_near_them_and_consonants_stay(
+    maker: dict[str, Any], lively_plan: list[Any], flite: str
+) -> None:
+    enliven = maker["read_some_lively"].__globals__["enliven"].__globals__
+    lexicon = enliven["pronounce"](["market", "the"], flite)  # m aa r k ax t, dh ax
+    sentence = lively_plan[0].reading._replace(text=" ".join(["Market, the"] * 400))
+    said = enliven["read_lively"](sentence, random.Random(3), lexicon).said
+    changed = {phones for phones in said[::2] if phones}
+    assert changed == {f"m {vowel} r k ax t" for vowel in enliven["NEAR_VOWELS"]["aa"]}
+    assert 0.4 < sum(phones != "" for phones in said[::2]) / 400 < 0.6
+    assert set(said[1::2]) == {""}
+
+
+def test_a_word_is_said_by_the_phones_it_is_given(maker: dict[str, Any], flite: str) -> None:
+    plain = read_aloud(maker, flite, word_rates=(1.0,) * 4)
+    other = read_aloud(maker, flite, word_rates=(1.0,) * 4, said=("", "g r iy", "", ""))
+    before, after = ([phone for phone, _ in speech.phones] for speech in (plain, other))
+    place = before.index("ey")
+    assert after == [*before[:place], "iy", *before[place + 1 :]]
 
 
 def test_a_pause_is_heard_behind_its_word(maker: dict[str, Any], flite: str) -> None:

@@ -32,7 +32,7 @@ from corpus_reader import read_split  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
 from whisper_training import IGNORED, FrameTeacher, States, encode  # noqa: E402
-from word_times import Span, align, pronounce, token_spans  # noqa: E402
+from word_times import Span, align, pronounce, share_out, token_spans  # noqa: E402
 
 RATE_HZ = 16_000
 
@@ -177,9 +177,11 @@ def test_tokens_share_their_words_time_and_punctuation_takes_the_pause() -> None
     phones = [("pau", 0.1), ("dh", 0.2), ("iy", 0.3), ("k", 0.4), ("ae", 0.5), ("t", 0.6), ("pau", 0.8)]
     phones += [("s", 0.9), ("ae", 1.0), ("t", 1.1), ("pau", 1.3)]
     pieces, word_ids = ["The", " c", "at", ",", " sat", "."], [0, 1, 1, 1, 2, 2]
-    spans = token_spans(pieces, word_ids, phones, LEXICON)
+    word_of_phone = share_out(["The", " cat,", " sat."], phones, LEXICON)
+    assert word_of_phone == [None, 0, 0, 1, 1, 1, None, 2, 2, 2, None]
+    spans = token_spans(pieces, word_ids, phones, word_of_phone)
     assert spans == [Span(0.1, 0.3), Span(0.3, 0.4), Span(0.4, 0.6), Span(0.6, 0.8), Span(0.8, 1.1), Span(1.1, 1.3)]
-    assert token_spans([*pieces, " xyz"], [*word_ids, 3], phones, LEXICON)[-1] is None  # flite did not speak it
+    assert token_spans([*pieces, " xyz"], [*word_ids, 3], phones, word_of_phone)[-1] is None  # flite did not speak it
 
 
 @pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")

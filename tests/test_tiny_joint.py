@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
 import listening_lesson  # noqa: E402
 import train_taste  # noqa: E402
+from corpus_reader import PHONES  # noqa: E402
 from joint_taste import JointModel, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, hear_sounds, teach  # noqa: E402
+from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
-from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
 from cosyvoice.utils.model_dir import load_part  # noqa: E402
@@ -198,8 +200,9 @@ def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
     model, examples = small_model(variant), spoken(40)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spans = list(find_tokens(examples, range(len(examples))).values())
-    untaught = teach(model, examples, spans, device=CPU, steps=1, peak_lr=1e-9, seed=0)
-    told = teach(model, examples, spans, device=CPU, steps=120, peak_lr=5e-3, seed=0)
+    wanted = from_alignment(examples, spans, by_word=variant != "simple")
+    untaught = teach(model, examples, wanted, device=CPU, steps=1, peak_lr=1e-9, seed=0)
+    told = teach(model, examples, wanted, device=CPU, steps=120, peak_lr=5e-3, seed=0)
     assert untaught.length < 0.1 and told.length > untaught.length + 0.4
     for name, value in model.state_dict().items():
         assert name.startswith("aggregator.") or torch.equal(value, before[name]), name
@@ -328,16 +331,21 @@ def test_the_commitment_moves_the_quantizer_alone(model_dir, packed):
 
 
 def sounding(examples: list[Example]) -> tuple[list[Example], dict[str, torch.Tensor]]:
-    """`spoken` utterances whose units tell long words from short ones, and the token of each unit."""
-    heard, owners = [], {}
+    """`spoken` utterances whose units tell long words from short ones, and what is told of their words."""
+    heard, words = [], {}
     for number, example in enumerate(examples):
         middle = example.speech_mid[:, 0].round()
         starts = (middle == 0).long().cumsum(dim=0) - 1
         lengths = starts.bincount()
         named = example._replace(utt_id=f"utt-{number}", units=torch.where(lengths[starts] > FRAMES, 5, 2))
         heard.append(named)
-        owners[named.utt_id] = starts.to(torch.uint8)
-    return heard, owners
+        words[named.utt_id] = told_words(lengths)
+    return heard, words
+
+
+def told_words(lengths: torch.Tensor) -> torch.Tensor:
+    """Words of so many units, spoken as they are written."""
+    return F.pad(lengths[:, None], (0, len(PHONES))).to(torch.int16)
 
 
 def loud_sounds() -> WordSounds:
@@ -347,14 +355,14 @@ def loud_sounds() -> WordSounds:
 
 def test_the_aggregator_learns_to_hear_how_words_sound():
     model, sounds = small_model("taste_novq"), loud_sounds()
-    examples, owners = sounding(spoken(40))
+    examples, words = sounding(spoken(40))
     spans = list(find_tokens(examples, range(len(examples))).values())
-    teach(model, examples, spans, device=CPU, steps=120, peak_lr=5e-3, seed=0)
+    teach(model, examples, from_alignment(examples, spans, by_word=True), device=CPU, steps=120, peak_lr=5e-3, seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = {name: value.clone() for name, value in sounds.state_dict().items()}
     how = {"device": CPU, "peak_lr": 5e-3, "seed": 0}
-    untaught = hear_sounds(model, sounds, owners, examples, steps=1, **how | {"peak_lr": 1e-9})
-    told = hear_sounds(model, sounds, owners, examples, steps=200, **how)
+    untaught = hear_sounds(model, sounds, words, examples, steps=1, **how | {"peak_lr": 1e-9})
+    told = hear_sounds(model, sounds, words, examples, steps=200, **how)
     assert untaught < 0.1 and told > 0.5
     for name, value in model.state_dict().items():
         assert name.startswith(("aggregator.", "audio_branch.")) or torch.equal(value, before[name]), name
@@ -362,14 +370,13 @@ def test_the_aggregator_learns_to_hear_how_words_sound():
 
 
 def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypatch):
-    examples, owners = sounding(spoken(40))
+    examples, words = sounding(spoken(40))
     shares = []
-    for plain in (False, True):
-        if plain:
-            monkeypatch.setattr(listening_lesson, "_BLUR", 0.0)
-            monkeypatch.setattr(listening_lesson, "_BULK_WEIGHT", 0.0)
+    for blur, bulk in ((1.0, listening_lesson._BULK_WEIGHT), (0.0, 0.0)):
+        monkeypatch.setattr(listening_lesson, "_BLUR", blur)
+        monkeypatch.setattr(listening_lesson, "_BULK_WEIGHT", bulk)
         model = small_model("taste_novq")
-        hear_sounds(model, loud_sounds(), owners, examples, device=CPU, steps=120, peak_lr=5e-3, seed=0)
+        hear_sounds(model, loud_sounds(), words, examples, device=CPU, steps=300, peak_lr=5e-3, seed=0)
         with torch.no_grad():
             vectors = torch.cat([model.aggregate(collate([example]))[0] for example in examples])
         variances = torch.linalg.svdvals(vectors - vectors.mean(dim=0)).square()
@@ -377,22 +384,26 @@ def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypa
     assert shares[0] > shares[1]
 
 
-def test_the_units_tokens_of_some_utterances_must_be_known():
-    examples, owners = sounding(spoken(12))
-    few = {name: owners[name] for name in list(owners)[:9]}
-    with pytest.raises(ValueError, match="known of 9 utterances, expected 10 at least"):
-        hear_sounds(small_model("taste_novq"), loud_sounds(), few, examples, device=CPU, steps=1, peak_lr=1e-3, seed=0)
+def test_lengths_and_changed_phones_are_what_is_told_of_words():
+    examples, words = sounding(spoken(12))
+    for number, row in enumerate(words.values()):
+        row[0, 1 + PHONES.index("iy")] = number % 2  # in every other utterance the first word has one more
+    lengths, changes = torch.cat(from_words(examples, words)).T
+    units = torch.cat([*words.values()])[:, 0].float().log()
+    torch.testing.assert_close(lengths, (units - units.mean()) / units.std())
+    assert len(changes.unique()) == 2 and changes.max() > 0
+    torch.testing.assert_close(
+        torch.stack([changes.mean(), changes.std()]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0
+    )
 
 
 def test_a_training_begins_with_what_the_language_model_was_told(start, examples, tmp_path, capsys):
-    owners = {}
-    for example in examples:
-        owners[example.utt_id] = torch.arange(len(example.units)).clamp(max=len(example.text) - 1).to(torch.uint8)
+    words = {example.utt_id: told_words(torch.ones(len(example.text), dtype=torch.int64)) for example in examples}
     torch.save(WordSounds(SIZES.lm_width).state_dict(), tmp_path / SOUNDS_FILE)
-    torch.save(owners, tmp_path / OWNERS_FILE)
+    torch.save(words, tmp_path / WORDS_FILE)
     start("told", sounds=tmp_path, sound_steps=3, variants="taste_novq")
     assert '"sounds": ' in capsys.readouterr().out
-    torch.save({}, tmp_path / OWNERS_FILE)
+    torch.save({}, tmp_path / WORDS_FILE)
     with pytest.raises(AssertionError):
         start("told-nothing", sounds=tmp_path, variants="taste_novq")
-    assert "known of 0 utterances" in capsys.readouterr().err
+    assert "has 0 of the utterances to train with, expected 10" in capsys.readouterr().err

@@ -19,7 +19,7 @@ sys.path.insert(0, str(TINY))
 import reading_lessons  # noqa: E402
 import teach_reading  # noqa: E402
 from corpus_reader import PHONES  # noqa: E402
-from reading_lessons import ReadingLessons, log_weights  # noqa: E402
+from reading_lessons import ReadingLessons, describe_words, log_weights  # noqa: E402
 from resumable import pick_dtype  # noqa: E402
 from teach_reading import Aligned, AlignedSet, unit_owners  # noqa: E402
 from word_times import Span  # noqa: E402
@@ -82,6 +82,8 @@ def batch() -> dict[str, torch.Tensor]:
         "embedding": torch.randn(2, 192, generator=generator),
         "owner": torch.tensor([[0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4], [0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0]]),
         "phone": torch.randint(0, 9, (2, 12), generator=generator),
+        "expected": torch.randint(0, 3, (2, 5, len(PHONES)), generator=generator, dtype=torch.int16),
+        "said": torch.randint(0, 3, (2, 5, len(PHONES)), generator=generator, dtype=torch.int16),
     }
 
 
@@ -167,13 +169,19 @@ def test_the_phone_to_come_is_asked_for_in_two_layers(lessons, batch) -> None:
     torch.testing.assert_close(found.coming_acc, (logits.argmax(dim=1) == classes).float().mean())
 
 
-def test_how_words_sound_is_how_long_they_last(lessons, batch) -> None:
-    lasting, heard = lessons.word_sounds.describe(batch)
+def test_how_words_sound_is_how_long_they_last_and_what_they_consist_of(lessons, batch) -> None:
+    words = describe_words(batch)
     for row, token, count in ((0, 1, 5), (0, 2, 2), (0, 4, 5), (1, 2, 6)):
-        torch.testing.assert_close(lasting[row, token, 0], torch.tensor(float(count)).log())
-    assert heard.all()
+        assert words[row, token, 0] == count
+    assert torch.equal(words[:, :, 1:], (batch["said"] - batch["expected"]).float())
+    told = lessons.word_sounds(words)
+    assert not torch.allclose(told[0, 1], told[0, 2])  # of 5 and 2 units
+    torch.testing.assert_close(told[0, 1], told[0, 0])
+    more = lessons.word_sounds(words + F.one_hot(torch.tensor(4), words.shape[2])) - told
+    torch.testing.assert_close(more[0, 1], lessons.word_sounds.mapping.weight[:, -len(PHONES) + 3])
     silent = {**batch, "owner": batch["owner"].masked_fill(batch["owner"] == 2, 1)}  # without the word of token 2
-    assert not lessons.word_sounds(silent)[0, 2].any() and lessons.word_sounds(silent)[0, 1].any()
+    told = lessons.word_sounds(describe_words(silent))
+    assert not told[0, 2].any() and told[0, 1].any()
 
 
 def test_how_long_a_word_has_lasted_and_will_last_is_asked_for(lessons, batch, monkeypatch) -> None:
@@ -197,6 +205,17 @@ def test_how_long_a_word_has_lasted_and_will_last_is_asked_for(lessons, batch, m
         losses.append(F.cross_entropy(logits, classes))
     torch.testing.assert_close(found.lasting, torch.stack(losses).mean())
     torch.testing.assert_close(found.lasting_acc, (logits.argmax(dim=1) == classes).float().mean())
+
+
+def test_telling_begins_with_the_text_encoders_own_words_for_phones(lessons, monkeypatch) -> None:
+    draw = torch.Generator().manual_seed(3)
+    counts = torch.randint(0, 3, (60, 5, len(PHONES)), generator=draw, dtype=torch.int16)
+    vectors = torch.randn(32, len(PHONES), generator=draw)
+    encoded = iter(counts.float() @ vectors.T + 4)
+    monkeypatch.setattr(lessons.llm, "encode", lambda text, lengths: (next(encoded)[None], lengths))
+    nothing = torch.zeros(5, dtype=torch.int64)
+    items = [Aligned("utt", *[nothing] * 5, torch.zeros(192), count, count) for count in counts]
+    torch.testing.assert_close(teach_reading.words_for_phones(lessons.llm, items), vectors, atol=0.1, rtol=0)
 
 
 def test_only_rows_that_are_told_hear_how_words_sound(lessons, batch) -> None:
@@ -258,12 +277,15 @@ def test_utterances_can_be_read_another_text() -> None:
     def item(number: int) -> Aligned:
         units = torch.full((2 + number,), number)
         text = torch.full((1 + number,), number)
-        return Aligned(str(number), text, text, units, units, units, torch.full((192,), float(number)))
+        phones = torch.full((1 + number, len(PHONES)), number, dtype=torch.int16)
+        speaker = torch.full((192,), float(number))
+        return Aligned(str(number), text, text, units, units, units, speaker, phones, 2 * phones)
 
     items = AlignedSet([item(number) for number in range(4)], torch.device("cpu"))
     mixed = items.batch([1, 3], texts=[2, 0])
     assert mixed["text_token"].tolist() == [[2, 2, 2], [0, 0, 0]] and mixed["text_token_len"].tolist() == [3, 1]
     assert mixed["word"].tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert mixed["expected"][:, 0, 0].tolist() == [2, 0] and mixed["said"][:, 0, 0].tolist() == [4, 0]
     assert mixed["speech_token_len"].tolist() == [3, 5] and mixed["embedding"][:, 0].tolist() == [1, 3]
     assert mixed["owner"][1].tolist() == mixed["phone"][1].tolist() == [3] * 5
     assert items.batch([1, 3])["text_token_len"].tolist() == [2, 4]
@@ -326,10 +348,13 @@ def test_text_embeddings_stay_as_they_were_and_everything_else_learns(start) -> 
 
 def test_what_an_aggregator_shall_hear_is_written(start) -> None:
     folder = start("written", "--steps", "2")
-    owners = torch.load(folder / reading_lessons.OWNERS_FILE, weights_only=True)
+    words = torch.load(folder / reading_lessons.WORDS_FILE, weights_only=True)
     units = torch.load(folder.parents[1] / "corpus" / "lively" / "utt2speech_token.pt", weights_only=True)
-    assert len(owners) == sum(SIZES.values())
-    assert all(len(owners[name]) == len(own) and owners[name].dtype == torch.uint8 for name, own in units.items())
+    assert len(words) == sum(SIZES.values())
+    for name, own in units.items():
+        assert words[name].dtype == torch.int16 and words[name].shape[1] == 1 + len(PHONES)
+        assert words[name][:, 0].min() > 0 and words[name][:, 0].sum() >= len(own)
+        assert not words[name][:, 1:].any()  # all is said as it is written
     sounds = torch.load(folder / reading_lessons.SOUNDS_FILE, weights_only=True)
     untold = start("untold", "--steps", "2", "--tell-rows", "0") / reading_lessons.SOUNDS_FILE
     assert not torch.equal(sounds["mapping.weight"], torch.load(untold, weights_only=True)["mapping.weight"])

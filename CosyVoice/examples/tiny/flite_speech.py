@@ -1,8 +1,8 @@
 """One sentence read aloud by Debian's flite, at a pitch and a rate of our choice.
 
 Rate is flite's `duration_stretch`. Pitch is moved by resampling, and flite is asked for speech that is slower or faster
-by the same factor: the `rms` voice ignores flite's `int_f0_target_mean`. Where words have rates of their own, or pauses
-behind them, flite reads the sentence as SSML. The samples depend on the reading and flite's version only.
+by the same factor: the `rms` voice ignores flite's `int_f0_target_mean`. Where words have rates or vowels of their own,
+or pauses behind them, flite reads the sentence as SSML. The samples depend on the reading and flite's version only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
@@ -19,6 +20,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio.functional
+from word_times import bare, pronounce
 
 VOICES = ("kal16", "awb", "rms", "slt")  # flite's 16 kHz voices
 SAMPLE_RATE_HZ = 16_000
@@ -27,6 +29,24 @@ EDGE_SILENCE_SECONDS = 0.08  # what is left of flite's silence before and after 
 SILENCE_THRESHOLD = 0.01  # relative to the peak
 WORD_RATES = (0.6, 1.6)  # of a word read lively, relative to the utterance's rate
 PAUSE_SHARE = 0.12  # of the words read lively that a pause follows
+VOWEL_SHARE = 0.5  # of the vowels read lively that are said as one near them, as people from elsewhere do
+NEAR_VOWELS = {  # of flite's US English ones without its schwa: each with those that tongue and lips reach next
+    "aa": ("ao", "ah", "ae"),
+    "ae": ("eh", "aa", "ey"),
+    "ah": ("aa", "uh", "eh"),
+    "ao": ("aa", "ow", "uh"),
+    "aw": ("ow", "aa", "ao"),
+    "ay": ("aa", "ey", "oy"),
+    "eh": ("ih", "ae", "ey"),
+    "er": ("ah", "ao", "uh"),
+    "ey": ("eh", "ay", "iy"),
+    "ih": ("iy", "eh", "uh"),
+    "iy": ("ih", "ey", "eh"),
+    "ow": ("ao", "uh", "aw"),
+    "oy": ("ay", "ao", "ow"),
+    "uh": ("uw", "ah", "ow"),
+    "uw": ("uh", "ow", "iy"),
+}
 
 
 class Reading(NamedTuple):
@@ -41,6 +61,7 @@ class Reading(NamedTuple):
     peak: float  # absolute peak of the finished waveform
     word_rates: tuple[float, ...] = ()  # of each word, relative to rate; empty: 1 for all
     pauses: tuple[int, ...] = ()  # numbers of the words that a pause follows
+    said: tuple[str, ...] = ()  # phones of each word, as in "b eh d"; none, or an empty one: flite's own
 
 
 class Speech(NamedTuple):
@@ -62,23 +83,51 @@ def pitch_on_grid(pitch: float) -> float:
     return round(pitch * SAMPLE_RATE_HZ / PITCH_STEP_HZ) * PITCH_STEP_HZ / SAMPLE_RATE_HZ
 
 
-def read_lively(reading: Reading, draw: random.Random) -> Reading:
-    """Give each word a rate of its own, and put pauses behind some, as people do and flite does not.
+def enliven(readings: Sequence[Reading], draw: random.Random, flite: str) -> list[Reading]:
+    """Have sentences read lively, as people do and flite does not.
 
     Flite reads a sentence by one voice always alike, so that a recording would tell nothing that its text does not.
 
     Args:
-        reading: of a sentence.
-        draw: what rates and pauses are drawn with.
+        readings: of the sentences.
+        draw: what rates, pauses and vowels are drawn with.
+        flite: path of the flite program, which is asked for the phones of their words.
 
     Returns:
-        the same reading with `word_rates`, spread evenly over the logarithm of WORD_RATES, and `pauses`.
+        the readings, each as `read_lively` makes it.
     """
-    count = len(reading.text.split())
+    words = {bare(word) for reading in readings for word in reading.text.split()} - {""}
+    lexicon = pronounce(words, flite) if words else {}
+    return [read_lively(reading, draw, lexicon) for reading in readings]
+
+
+def read_lively(reading: Reading, draw: random.Random, lexicon: Mapping[str, Sequence[str]]) -> Reading:
+    """Give each word a rate and vowels of its own, and put pauses behind some.
+
+    Args:
+        reading: of a sentence.
+        draw: what rates, pauses and vowels are drawn with.
+        lexicon: phones of each word, by `bare` text; those of words that it lacks stay as they are.
+
+    Returns:
+        the same reading with `word_rates`, spread evenly over the logarithm of WORD_RATES, `pauses`, and `said`, in
+        which a VOWEL_SHARE of the vowels are others, see NEAR_VOWELS.
+    """
+    words = reading.text.split()
     slowest, fastest = WORD_RATES
-    rates = tuple(round(slowest * (fastest / slowest) ** draw.random(), 2) for _ in range(count))
-    pauses = tuple(number for number in range(count - 1) if draw.random() < PAUSE_SHARE)
-    return reading._replace(word_rates=rates, pauses=pauses)
+    rates = tuple(round(slowest * (fastest / slowest) ** draw.random(), 2) for _ in words)
+    pauses = tuple(number for number in range(len(words) - 1) if draw.random() < PAUSE_SHARE)
+    said = tuple(_with_other_vowels(lexicon.get(bare(word), ()), draw) for word in words)
+    return reading._replace(word_rates=rates, pauses=pauses, said=said)
+
+
+def _with_other_vowels(phones: Sequence[str], draw: random.Random) -> str:
+    """The phones as they are said; '' where nothing changed, so that flite keeps to its own way."""
+    said = [
+        draw.choice(NEAR_VOWELS[phone]) if phone in NEAR_VOWELS and draw.random() < VOWEL_SHARE else phone
+        for phone in phones
+    ]
+    return " ".join(said) if said != list(phones) else ""
 
 
 def find_flite() -> str:
@@ -135,9 +184,13 @@ def synthesise(reading: Reading, flite: str) -> Speech:
 
 
 def _as_ssml(reading: Reading) -> str:
-    """The sentence with the rates of its words and its pauses; any break is a pause to flite."""
+    """The sentence with the rates and phones of its words and its pauses; any break is a pause to flite."""
+    words = reading.text.split()
     said = []
-    for number, (word, rate) in enumerate(zip(reading.text.split(), reading.word_rates, strict=True)):
-        said.append(f'<prosody rate="{rate:.2f}">{escape(word)}</prosody>')
+    for number, (word, rate, phones) in enumerate(
+        zip(words, reading.word_rates, reading.said or [""] * len(words), strict=True)
+    ):
+        spoken = f'<phoneme ph="{phones}">{escape(word)}</phoneme>' if phones else escape(word)
+        said.append(f'<prosody rate="{rate:.2f}">{spoken}</prosody>')
         said += ['<break strength="medium"/>'] if number in reading.pauses else []
     return f"<speak>{' '.join(said)}</speak>"

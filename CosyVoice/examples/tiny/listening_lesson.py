@@ -4,7 +4,7 @@ A language model that is told nothing yet by what it gets of a recording has no 
 that nobody looks at has no reason to tell more. So it begins with a lesson: from the vector of a word, a linear map
 that is thrown away afterwards must find the word's length and the middle states of Whisper in each quarter of it, where
 an alignment has found the word. Where the language model has learned already what to do with the sound of words
-(teach_reading.py), aggregator and audio branch then learn to hear that.
+(teach_reading.py), what it was told is the lesson instead, and aggregator and audio branch then learn to tell it so.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _CHANNELS = 24  # widest directions of the middle states
 _UNSEEN_SHARE = 0.1  # of the utterances, to measure with
 _POSITIONS = 5_000  # of the language model in a batch, as `PackedFeatures` counts
 _GRAD_CLIP = 1.0
-_FEWEST = 10  # utterances to hear sounds in
-_BLUR = 0.5  # standard deviation of what is added to the aggregator's vectors while the branch learns to read them
+_FEWEST_CHANGES = 0.1  # standard deviation, over words, of the changes of a phone that is listened for
+_BLUR = 0.3  # standard deviation of what is added to the aggregator's vectors while the branch learns to read them
 _BULK_WEIGHT = 0.02  # of the vectors' variance: what nobody reads shall not take the codes' room
 
 
 class Told(NamedTuple):
     """Share of the variance, over unseen utterances, that the linear map finds in the vectors."""
 
-    length: float  # of the logarithm of a word's number of frames
-    parts: float  # of the middle states in its parts
+    length: float  # of the logarithm of a word's length
+    rest: float  # of the middle states in its parts, or of the changes of its phones
 
 
 class _Aligned(Dataset[list[np.ndarray]]):
@@ -91,7 +91,7 @@ def _as_it_is(value: list[np.ndarray]) -> list[np.ndarray]:
 def teach(
     model: CosyVoiceS3Model,
     examples: Sequence[Example],
-    spans: Sequence[Tensor],
+    wanted: Sequence[Tensor],
     *,
     device: torch.device,
     steps: int,
@@ -101,10 +101,9 @@ def teach(
     """Teach the aggregator of a variant.
 
     Args:
-        model: of `simple`, whose tokens are taught as words are elsewhere, `taste_novq` or `taste`; on the device.
-            Only its aggregator changes.
+        model: of a variant that hears; on the device. Only its aggregator changes.
         examples: of the training set, at least ten.
-        spans: what `find_tokens` gave.
+        wanted: what `from_alignment` or `from_words` makes of them.
         device: where to compute.
         steps: of AdamW.
         peak_lr: its highest learning rate.
@@ -113,7 +112,6 @@ def teach(
     Returns:
         how much it tells of utterances that it did not learn from.
     """
-    wanted = _targets(examples, spans, by_word=model.variant != "simple")
     unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
     parts = []
     for first, last in ((unseen, len(examples)), (0, unseen)):
@@ -138,7 +136,7 @@ def teach(
 def hear_sounds(
     model: CosyVoiceS3Model,
     sounds: WordSounds,
-    owners: Mapping[str, Tensor],
+    words: Mapping[str, Tensor],
     examples: Sequence[Example],
     *,
     device: torch.device,
@@ -149,13 +147,14 @@ def hear_sounds(
     """Teach aggregator and audio branch to tell how the words sound, as the language model was told it.
 
     The branch reads the aggregator's vectors through some noise: what it needs is therefore said loudly, and is what a
-    quantizer keeps of them.
+    quantizer keeps of them. `simple`, in which text and recording are one sum and nothing is quantized, learns without
+    noise to give the sum of what the text encoder makes of the text and of how the words sound.
 
     Args:
-        model: of `taste_novq` or `taste`; on the device.
+        model: of a variant that hears; on the device.
         sounds: what the language model was told; on the device.
-        owners: the text token of each unit, of the utterances that it is known of.
-        examples: of the training set.
+        words: what it was told of each token, see `describe_words`, of the examples.
+        examples: of the training set, at least ten.
         device: where to compute.
         steps: of AdamW.
         peak_lr: its highest learning rate.
@@ -163,27 +162,25 @@ def hear_sounds(
 
     Returns:
         share of the variance, over utterances that were not learned from, of what was to be told.
-
-    Raises:
-        ValueError: the tokens are known of fewer than ten utterances.
     """
-    known = [example for example in examples if example.utt_id in owners]
-    if len(known) < _FEWEST:
-        raise ValueError(
-            f"the units' tokens are known of {len(known)} utterances, expected {_FEWEST} at least; teach_reading.py "
-            "writes them for the splits that it reads"
-        )
-    share = 1.0
-    if isinstance(model.fusion, WeightedSum):
-        of_audio, of_text = model.fusion.weights.detach().softmax(dim=0).tolist()
-        share = of_text / of_audio  # the text that it is added to is weighted too
-    wanted = [share * _sounds_of(example, owners[example.utt_id], sounds, device) for example in known]
-    unseen = max(1, round(len(known) * _UNSEEN_SHARE))
+    with torch.no_grad():
+        wanted = [sounds.eval()(words[example.utt_id][None].to(device).float())[0].cpu() for example in examples]
+    if model.variant == "simple":
+        wanted = [row + _encoded(model, example, device) for row, example in zip(wanted, examples, strict=True)]
+        hearing = (model.aggregator, model.text_norm, model.speech_norm, model.input_proj)
+    else:
+        share = 1.0
+        if isinstance(model.fusion, WeightedSum):
+            of_audio, of_text = model.fusion.weights.detach().softmax(dim=0).tolist()
+            share = of_text / of_audio  # the text that it is added to is weighted too
+        wanted = [share * row for row in wanted]
+        hearing = (model.aggregator, model.audio_branch)
+    unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
     rows = torch.cat(wanted)
     variance = rows.var(dim=0).sum()
     parts = []
-    for first, last in ((unseen, len(known)), (0, unseen)):
-        parts.append((PackedFeatures([known[first:last]], device), PackedRows(wanted[first:last], 0.0, device)))
+    for first, last in ((unseen, len(examples)), (0, unseen)):
+        parts.append((PackedFeatures([examples[first:last]], device), PackedRows(wanted[first:last], 0.0, device)))
     (features, targets), measured = parts
 
     def error(features: PackedFeatures, targets: PackedRows, chosen: list[int]) -> Tensor:
@@ -191,6 +188,9 @@ def hear_sounds(
         wanted, lengths = targets.batch(chosen, features.there(chosen))
         valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
         vectors, bulk = model.aggregate(batch), wanted.new_zeros(())
+        if model.variant == "simple":
+            told = model.input_proj(model.text_norm(batch.text) + model.speech_norm(vectors))
+            return ((told - wanted).square() * valid).sum() / valid.sum() / variance
         if model.training:
             there = vectors[valid[:, :, 0]]
             bulk = _BULK_WEIGHT * (there - there.mean(dim=0)).square().mean()
@@ -198,7 +198,7 @@ def hear_sounds(
         told = model.audio_branch(vectors, batch.text_lengths)
         return ((told - wanted).square() * valid).sum() / valid.sum() / variance + bulk
 
-    learning = [*model.aggregator.parameters(), *model.audio_branch.parameters()]
+    learning = [weight for part in hearing for weight in part.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
     model.train()
     _descend(lambda chosen: error(features, targets, chosen), features, optimizer, steps, peak_lr, seed)
@@ -209,15 +209,11 @@ def hear_sounds(
     return 1 - left
 
 
-def _sounds_of(example: Example, owners: Tensor, sounds: WordSounds, device: torch.device) -> Tensor:
-    """How the words of an utterance sound, [T, D], for each of its tokens."""
-    values = {
-        "word": example.word_ids,
-        "owner": owners.long(),
-        "speech_token_len": torch.tensor(len(example.units)),
-    }
-    with torch.no_grad():
-        return sounds.eval()({name: value[None].to(device) for name, value in values.items()})[0].cpu()
+@torch.no_grad()
+def _encoded(model: CosyVoiceS3Model, example: Example, device: torch.device) -> Tensor:
+    """What the text encoder makes of an utterance's text, [T, D]."""
+    text, length = example.text[None].to(device), torch.tensor([len(example.text)], device=device)
+    return model.llm.encode(text, length)[0][0].cpu()
 
 
 def _descend(
@@ -244,7 +240,7 @@ def _descend(
 def _errors(
     model: CosyVoiceS3Model, reader: nn.Linear, features: PackedFeatures, targets: PackedRows, chosen: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of length and parts, whose variances are 1."""
+    """Mean squared errors of length and of the rest, whose variances are 1."""
     batch = features.batch(chosen)
     wanted, lengths = targets.batch(chosen, torch.tensor(chosen, device=batch.text.device))
     valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
@@ -253,8 +249,32 @@ def _errors(
     return each[0], each[1:].mean()
 
 
-def _targets(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> list[Tensor]:
-    """What to tell of each token, [T, Y] of zero mean and unit variance: its word's length, and its word's parts."""
+def from_words(examples: Sequence[Example], words: Mapping[str, Tensor]) -> list[Tensor]:
+    """What to tell of each token: how long its word lasts, and which phones are in it more or less often than it says.
+
+    Args:
+        examples: the utterances.
+        words: what `describe_words` gives of each.
+
+    Returns:
+        [T, Y] of each utterance, of zero mean and unit variance; phones that hardly ever change are left out.
+    """
+    rows = [words[example.utt_id].float() for example in examples]
+    vary = torch.cat(rows)[:, 1:].std(dim=0) > _FEWEST_CHANGES
+    return _standardized([torch.cat([row[:, :1].clamp(min=1).log(), row[:, 1:][:, vary]], dim=1) for row in rows])
+
+
+def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> list[Tensor]:
+    """What to tell of each token: how long its word lasts, and Whisper's middle states in the quarters of it.
+
+    Args:
+        examples: the utterances.
+        spans: what `find_tokens` gave of each.
+        by_word: False takes each token for a word.
+
+    Returns:
+        [T, Y] of each utterance, of zero mean and unit variance.
+    """
     axes = widest_directions(torch.cat([example.speech_mid for example in examples]), _CHANNELS).axes.float()
     rows = []
     for example, span in zip(examples, spans, strict=True):
@@ -266,7 +286,11 @@ def _targets(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool
             pieces = [mid[place[0] : place[1]].mean(dim=0) for place in _parts(start, end)]
             told += [torch.cat([torch.tensor([float(end - start)]).log(), *pieces])] * (last - first)
         rows.append(torch.stack(told))
-    everything = torch.cat(rows)
+    return _standardized(rows)
+
+
+def _standardized(rows: Sequence[Tensor]) -> list[Tensor]:
+    everything = torch.cat(list(rows))
     mean, spread = everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-6)
     return [(row - mean) / spread for row in rows]
 

@@ -5,8 +5,8 @@ In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, n
 `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds) and a
 manifest, such as `train.jsonl`, then `corpus.json` with the counts and, last, `.done`. Three more splits: `phrases` has
 each word alone and two or three words cut out of train, from which the language model learns how a word sounds before
-it can find its place in a sentence. In `lively` and `lively_dev` each word has a rate of its own and pauses are put
-between words, which no text foretells: what TASTE is for.
+it can find its place in a sentence. In `lively` and `lively_dev` each word has a rate and vowels of its own and pauses
+are put between words, which no text foretells: what TASTE is for.
 
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
@@ -25,7 +25,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from pathlib import Path
@@ -42,9 +42,9 @@ from flite_speech import (  # noqa: E402
     SAMPLE_RATE_HZ,
     VOICES,
     Reading,
+    enliven,
     find_flite,
     pitch_on_grid,
-    read_lively,
     synthesise,
 )
 from grammar import SentenceMaker, sentence_key, words_of  # noqa: E402
@@ -65,6 +65,7 @@ EDGE_SECONDS = 0.16  # silence before and after the speech together
 PARALLEL = os.cpu_count() or 1  # flite processes at a time
 BATCH = 128  # utterances between two looks at Ctrl-C
 SPLITS = ("train", "phrases", "lively", "dev", "test", "lively_dev")
+LIVELY_SPLITS = ("lively", "lively_dev")
 READINGS_ALONE = 4  # of each word, in phrases
 PHRASES_A_SENTENCE = 0.6  # of 2 or 3 words, cut out of train's sentences
 PHRASE_WORDS = (2, 3)
@@ -133,7 +134,7 @@ def plan_corpus(
         forbidden: sentences that may not occur.
 
     Returns:
-        the utterances of all splits; the speakers take turns, and no sentence comes twice.
+        the utterances of all splits, as flite would read them; the speakers take turns, and no sentence comes twice.
     """
     speakers = plan_speakers(seed)
     unseen = SentenceMaker(f"{seed}-unseen", forbidden)
@@ -143,8 +144,7 @@ def plan_corpus(
         for planned in _read_in_turns(split, unseen.sentence, speakers, seed, utterances, float("inf"))
     ]
     if lively_hours:
-        heard = _read_in_turns("lively_dev", unseen.sentence, speakers, seed, dev, float("inf"))
-        plan += _enliven(heard, f"{seed}-lively_dev-words")
+        plan += _read_in_turns("lively_dev", unseen.sentence, speakers, seed, dev, float("inf"))
     heldout = [planned.reading.text for planned in plan]
     train = SentenceMaker(f"{seed}-train", [*forbidden, *heldout])
     sentences = list(_read_in_turns("train", train.sentence, speakers, seed, None, hours * 3600))
@@ -152,13 +152,30 @@ def plan_corpus(
     next_phrase = iter(phrases).__next__
     short = _read_in_turns("phrases", next_phrase, speakers, seed, len(phrases), float("inf"))
     lively = _read_in_turns("lively", train.sentence, speakers, seed, None, lively_hours * 3600)
-    return [*sentences, *short, *_enliven(lively, f"{seed}-lively-words"), *plan]
+    return [*sentences, *short, *lively, *plan]
 
 
-def _enliven(plan: Iterable[Planned], seed: str) -> list[Planned]:
-    """Give the words of each utterance rates of their own."""
-    draw = random.Random(seed)
-    return [planned._replace(reading=read_lively(planned.reading, draw)) for planned in plan]
+def read_some_lively(plan: Sequence[Planned], seed: int, flite: str) -> list[Planned]:
+    """Have the utterances of the lively splits read lively.
+
+    Args:
+        plan: as `plan_corpus` makes it.
+        seed: of what is drawn.
+        flite: path of the flite program.
+
+    Returns:
+        the plan, in the same order.
+    """
+    lively = {
+        reading.utt_id: reading
+        for split in LIVELY_SPLITS
+        for reading in enliven(
+            [planned.reading for planned in plan if planned.reading.split == split],
+            random.Random(f"{seed}-{split}-words"),
+            flite,
+        )
+    }
+    return [planned._replace(reading=lively.get(planned.reading.utt_id, planned.reading)) for planned in plan]
 
 
 def cut_phrases(sentences: Sequence[str], seed: int) -> list[str]:
@@ -378,6 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         demo = [item.text for split in ("train", "test") for item in read_manifest(REPOSITORY / f"json/{split}.jsonl")]
         plan = plan_corpus(args.hours, args.lively_hours, args.dev, args.test, args.seed, demo)
         assert not {sentence_key(text) for text in demo} & {sentence_key(item.reading.text) for item in plan}
+        plan = read_some_lively(plan, args.seed, flite)
         claim_folder(corpus, plan)
         made = make_recordings(corpus, plan, flite)
     except Interrupted as interrupted:

@@ -7,9 +7,9 @@ occurs in train). The corpus is committed; this script is only needed to make it
     apt-get update && apt-get install -y flite
     python CosyVoice/examples/tiny/make_demo_corpus.py --output-dir json
 
-Every utterance has its own pitch, and every word its own rate, drawn from `--seed` (see `flite_speech.py`): as with
-people, and not as with flite, the text does not say how long its words take. The samples depend on the seed and flite's
-version only.
+Every utterance has its own pitch, and every word its own rate and vowels, drawn from `--seed` (see `flite_speech.py`):
+as with people, and not as with flite, the text does not say how its words sound. The samples depend on the seed and
+flite's version only.
 """
 
 from __future__ import annotations
@@ -23,9 +23,18 @@ from pathlib import Path
 
 import soundfile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+_REPOSITORY = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(_REPOSITORY), str(Path(__file__).resolve().parent)]
 
-from flite_speech import SAMPLE_RATE_HZ, VOICES, Reading, find_flite, pitch_on_grid, read_lively, synthesise
+from flite_speech import (  # noqa: E402
+    SAMPLE_RATE_HZ,
+    VOICES,
+    Reading,
+    enliven,
+    find_flite,
+    pitch_on_grid,
+    synthesise,
+)
 
 RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
 PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
@@ -120,24 +129,16 @@ def plan_readings(seed: int) -> list[Reading]:
         seed: of the private random generator; the global one is not touched.
 
     Returns:
-        one lively reading a sentence, train before test; the voices take turns.
+        one reading a sentence, train before test; the voices take turns.
     """
-    draw, draw_words = random.Random(seed), random.Random(f"{seed}-words")
+    draw = random.Random(seed)
     readings = []
     for split, sentences in (("train", TRAIN_SENTENCES), ("test", TEST_SENTENCES)):
         for number, text in enumerate(sentences):
             voice = VOICES[number % len(VOICES)]
             pitch = pitch_on_grid(draw.uniform(*PITCH_RANGE))
-            reading = Reading(
-                split=split,
-                utt_id=f"demo-{split}-{voice}-{number:03d}",
-                voice=voice,
-                text=text,
-                rate=round(draw.uniform(*RATE_RANGE), 2),
-                pitch=pitch,
-                peak=round(draw.uniform(*PEAK_RANGE), 2),
-            )
-            readings.append(read_lively(reading, draw_words))
+            rate, peak = round(draw.uniform(*RATE_RANGE), 2), round(draw.uniform(*PEAK_RANGE), 2)
+            readings.append(Reading(split, f"demo-{split}-{voice}-{number:03d}", voice, text, rate, pitch, peak))
     return readings
 
 
@@ -158,7 +159,7 @@ def write_corpus(output_dir: Path, seed: int) -> int:
     flite = find_flite()
     lines: dict[str, list[str]] = {"train": [], "test": []}
     size_bytes = 0
-    for reading in plan_readings(seed):
+    for reading in enliven(plan_readings(seed), random.Random(f"{seed}-words"), flite):
         relative_path = Path("demo_audio") / reading.voice / f"{reading.utt_id}.flac"
         path = output_dir / relative_path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +188,7 @@ def write_corpus(output_dir: Path, seed: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and make the corpus; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(__file__).resolve().parents[3] / "json"
+    default_dir = _REPOSITORY / "json"
     parser.add_argument("--output-dir", "--output_dir", type=Path, default=default_dir, help="folder of the manifests")
     parser.add_argument("--seed", type=int, default=7, help="of rates, pitches and levels")
     args = parser.parse_args(argv)

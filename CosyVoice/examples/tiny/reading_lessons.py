@@ -16,15 +16,16 @@ from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, ali
 # B batch   T text tokens   S S3 units   L = 3 + T + S positions   D channels   H heads   W head width   G guided heads
 
 SOUNDS_FILE = "word_sounds.pt"  # weights of `WordSounds`
-OWNERS_FILE = "unit_owners.pt"  # {utterance: number of the text token that each of its units belongs to, [S] uint8}
+WORDS_FILE = "told_words.pt"  # {utterance: `describe_words` of its tokens, [T, 1 + phones], int16}
 GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some that use what these have found
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
 COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
 LASTING_BOUNDS = (0, 1, 2, 4, 7, 12, 20)  # units: how long a word has lasted or will last is told in classes up to each
 LENGTH_NOISE = 0.2  # largest standard deviation of what is added to the logarithm of a word's number of units
+CHANGE_NOISE = 0.2  # the same for how often a phone is in a word
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
-_LOUD = 1.0  # standard deviation of the weights of `WordSounds` at first: what is too quiet is not listened to
+_LOUD = 1.0  # standard deviation of the weights for lengths at first: what is too quiet is not listened to
 _BUMPS, _LONGEST = 16, 4.2  # of the logarithm of a word's units: the curves that it is given as, up to 66 units
 
 
@@ -92,7 +93,8 @@ class ReadingLessons(nn.Module):
 
         Args:
             batch: as for `TransformerLM.forward`, with `owner`, the text token of each unit, and `phone`, its class,
-                both [B, S] int64, and `word`, the number of each text token's word, [B, T] int64.
+                both [B, S] int64; `word`, the number of each text token's word, [B, T] int64; and how often each phone
+                is in that word, where its text is read, `expected`, and as it is spoken, `said`, [B, T, phones] int16.
             kept: units that the language model may see, [B, S], bool; None: all.
             told: rows in which it is told how the words sound, [B], bool; None: none.
             lessons: False leaves the lessons out; their values are then 0.
@@ -102,7 +104,7 @@ class ReadingLessons(nn.Module):
             the losses, means over what they are of.
         """
         self._kept, self._scores, self._listening, self._guiding = kept, [], lessons, lessons and guide
-        self._told = None if told is None else self.word_sounds(batch) * told[:, None, None]
+        self._told = None if told is None else self.word_sounds(describe_words(batch)) * told[:, None, None]
         out = self.llm(batch, batch["text_token"].device)
         scores, hidden, deep = self._scores, self._hidden, self._deep
         self._kept, self._told, self._scores, self._hidden, self._deep = None, None, [], None, None
@@ -170,12 +172,30 @@ def lasting_classes(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.bucketize(since, bounds), torch.bucketize(until, bounds)
 
 
+def describe_words(batch: Mapping[str, Tensor]) -> Tensor:
+    """What can be told of how each token's word sounds.
+
+    Args:
+        batch: as `ReadingLessons.forward` reads it.
+
+    Returns:
+        [B, T, 1 + phones], float32: the number of the word's units, 0 where it is not heard, and how many times more
+        often than its text says each phone is in it.
+    """
+    words = batch["word"]
+    there = torch.arange(batch["owner"].shape[1], device=words.device) < batch["speech_token_len"][:, None]
+    spoken = words.gather(1, batch["owner"]).masked_fill(~there, words.shape[1])  # the word of each unit, [B, S]
+    counts = words.new_zeros(len(words), words.shape[1] + 1).scatter_add_(1, spoken, there.to(words.dtype))
+    counts = counts[:, :-1].gather(1, words)[:, :, None]
+    return torch.cat([counts, batch["said"] - batch["expected"]], dim=2).float()
+
+
 class WordSounds(nn.Module):
     """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
 
-    That is how long the word lasts. Which units it holds would be worth more, were it known exactly; the mean of
-    Whisper's states over a word does not tell between units that are alike, and only between those a language model
-    that has read the text still hesitates.
+    That is how long the word lasts, and by which phones it differs from how its text is read. Which units it holds
+    would be worth more, were it known exactly; the mean of Whisper's states over a word does not tell between units
+    that are alike, and only between those a language model hesitates that has read the text and knows the phones.
 
     Args:
         width: of the vectors that it makes.
@@ -183,42 +203,37 @@ class WordSounds(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mapping = nn.Linear(_BUMPS, width)
+        self.mapping = nn.Linear(_BUMPS + len(PHONES), width)
         nn.init.normal_(self.mapping.weight, std=_LOUD)
+        self.speak_of_phones(torch.zeros(width, len(PHONES)))
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Make the vectors of each token's word; in training some noise is added to what they are made from.
+    @torch.no_grad()
+    def speak_of_phones(self, vectors: Tensor) -> None:
+        """Begin with the language model's own words for phones.
 
         Args:
-            batch: as `ReadingLessons.forward` reads it.
+            vectors: what one more of each phone in a word adds to its encoded text, [width, phones].
+        """
+        self.mapping.weight[:, _BUMPS:] = vectors
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Make the vectors; in training from something a little different.
+
+        Args:
+            words: as `describe_words` gives them, [B, T, 1 + phones].
 
         Returns:
             [B, T, width]; 0 for words that are not heard.
         """
-        lasting, heard = self.describe(batch)
+        counts, changes = words.split((1, len(PHONES)), dim=2)
+        lasting = counts.clamp(min=1).log()
         if self.training:
-            size = LENGTH_NOISE * torch.rand(len(lasting), 1, 1, device=lasting.device)
-            lasting = lasting + size * torch.randn_like(lasting)
-        centres = torch.linspace(0, _LONGEST, _BUMPS, device=lasting.device)
+            size = torch.rand(len(words), 1, 1, device=words.device)
+            lasting = lasting + LENGTH_NOISE * size * torch.randn_like(lasting)
+            changes = changes + CHANGE_NOISE * size * torch.randn_like(changes)
+        centres = torch.linspace(0, _LONGEST, _BUMPS, device=words.device)
         bumps = torch.exp(-((lasting - centres) / (_LONGEST / _BUMPS)).square() / 2)
-        return self.mapping(bumps) * heard
-
-    def describe(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """How long each token's word lasts.
-
-        Args:
-            batch: as `ReadingLessons.forward` reads it.
-
-        Returns:
-            the logarithm of the number of its units, [B, T, 1], float32; and whether it is heard at all, [B, T, 1],
-            0 or 1.
-        """
-        words = batch["word"]
-        there = torch.arange(batch["owner"].shape[1], device=words.device) < batch["speech_token_len"][:, None]
-        spoken = words.gather(1, batch["owner"]).masked_fill(~there, words.shape[1])  # the word of each unit, [B, S]
-        counts = self.mapping.weight.new_zeros(len(words), words.shape[1] + 1)
-        counts = counts.scatter_add_(1, spoken, there.to(counts.dtype))[:, :-1].gather(1, words)[:, :, None]
-        return counts.clamp(min=1).log(), (counts > 0).to(counts.dtype)
+        return self.mapping(torch.cat([bumps, changes], dim=2)) * (counts > 0)
 
 
 def log_weights(

@@ -52,7 +52,7 @@ def _lively(counts: Mapping[str, Any]) -> str:
         return ""
     return (
         f"; the language model also on single words and short phrases, it and flow on {counts['lively']['hours']:.2f} "
-        "hours in which each word has a rate of its own"
+        "hours in which each word has a rate and vowels of its own"
     )
 
 

@@ -1,9 +1,9 @@
 """Teach the tiny recipe's language model to read: to know, at each unit, which of its text tokens is being spoken.
 
 In: `<work-dir>/corpus/<split>/{wav.scp,text,utt2spk,phones,utt2speech_token.pt,utt2embedding.pt}`, and the weights
-that start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, word_sounds.pt, unit_owners.pt (the text token of each
-unit of each utterance), metrics.jsonl (as train.py writes it), loss_curve.png, settings.json, and state.pt, from which
-a run that was stopped goes on.
+that start_llm.py wrote. Out, in `<work-dir>/exp/llm/`: llm.pt, word_sounds.pt, told_words.pt (what it was told of
+each word), metrics.jsonl (as train.py writes it), loss_curve.png, settings.json, and state.pt, from which a run that
+was stopped goes on.
 
     python CosyVoice/examples/tiny/teach_reading.py --work-dir CosyVoice/examples/tiny/work --minutes 40
     python CosyVoice/examples/tiny/teach_reading.py --work-dir /tmp/work --steps 20 --batch-positions 800      (a look)
@@ -13,14 +13,15 @@ speech and end with the training: some attention heads are shown the token that 
 arXiv 1710.08969), and linear layers must tell, from hidden states, the phone of the next unit and the phone that comes
 after the one being spoken. Without them the model learns which unit follows which, and finds its place in the text
 late or never. Some units are hidden from it, so that it has to go by the text where it speaks freely. In some rows it
-is told how long each word lasts, beside the text, where TASTE will tell it what a recording holds;
-`word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear it. Exit codes: 0 done, 1 error, 2 unknown
-flag, 130/143 stopped, saved.
+is told how long each word lasts and which phones are in it that its text does not say, where TASTE will tell it what
+a recording holds; `word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear it. Exit codes: 0 done,
+1 error, 2 unknown flag, 130/143 stopped, saved.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +34,20 @@ from tqdm import tqdm
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
-from corpus_reader import UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
+from corpus_reader import PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
 from packed_features import PackedRows, cut_batches  # noqa: E402
-from reading_lessons import OWNERS_FILE, SOUNDS_FILE, Lessons, ReadingLessons  # noqa: E402
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words  # noqa: E402
 from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
+from cosyvoice.llm.llm import TransformerLM  # noqa: E402
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
+from taste.linear_fits import ridge  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 
@@ -78,6 +81,7 @@ THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
 _SAY_EVERY = 100  # steps
+_FITTED = 2_000  # utterances, about, whose texts show how the text encoder writes phones
 _MEASURED_POSITIONS = 20_000  # of a batch that is measured
 _EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
 _ADAM_BETAS = (0.9, 0.98)
@@ -98,6 +102,8 @@ class Aligned(NamedTuple):
     owners: Tensor  # number of the text token that each unit belongs to, [S] int64
     phones: Tensor  # class of each unit's phone, [S] int64
     speaker: Tensor  # [192] float32
+    expected: Tensor  # [T, phones] int16, how often each phone is in a token's word, by its text
+    said: Tensor  # the same, as it is spoken
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,14 +136,16 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     torch.set_float32_matmul_precision("high")
     items = [item for name in settings.splits for item in read_aligned(settings, name)]
     unheard = read_aligned(settings, settings.dev)
-    save_file(folder / OWNERS_FILE, {item.utt_id: item.owners.to(torch.uint8) for item in items + unheard})
     learned, measured = AlignedSet(items, device), AlignedSet(unheard, device)
+    save_file(folder / WORDS_FILE, learned.describe() | measured.describe())
 
     torch.manual_seed(settings.seed)
     llm = load_model(settings.config, "llm")
     load_state(llm, read_weights(start), start)
     llm.text_embedding.requires_grad_(False)  # start_llm.py has taught them, and features that hold them stay valid
-    lessons = ReadingLessons(llm.float()).to(device)
+    lessons = ReadingLessons(llm.float())
+    lessons.word_sounds.speak_of_phones(words_for_phones(llm, items[:: max(1, len(items) // _FITTED)]))
+    lessons.to(device)
     teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start), dtype=dtype)
     print(
         f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device} in {dtype}"
@@ -190,7 +198,29 @@ def align_units(
         torch.from_numpy(unit_owners(timed.spans, len(units))),
         torch.from_numpy(phone_classes(spoken.phones, len(units))),
         torch.as_tensor(speaker, dtype=torch.float32),
+        *(_counted([words[word] for word in timed.words]) for words in (timed.expected, timed.said)),
     )
+
+
+def _counted(words: Sequence[Counter[str]]) -> Tensor:
+    """How often each phone occurs, [T, phones], int16."""
+    return torch.tensor([[word[phone] for phone in PHONES] for word in words], dtype=torch.int16)
+
+
+@torch.no_grad()
+def words_for_phones(llm: TransformerLM, items: Sequence[Aligned]) -> Tensor:
+    """What one more of each phone in a word adds to its encoded text, by least squares.
+
+    Args:
+        llm: with a text side that start_llm.py has taught.
+        items: whose texts are read.
+
+    Returns:
+        [D, phones], float32.
+    """
+    encoded = [llm.encode(llm.text_embedding(item.text[None]), torch.tensor([len(item.text)]))[0][0] for item in items]
+    weight, _ = ridge(torch.cat([item.expected for item in items]).double(), torch.cat(encoded).double())
+    return weight.float()
 
 
 def unit_owners(spans: Sequence[Span | None], num_units: int) -> np.ndarray:
@@ -222,7 +252,10 @@ class AlignedSet:
         self.units = PackedRows([item.units for item in items], 0, device)
         self.owners = PackedRows([item.owners for item in items], 0, device)
         self.phones = PackedRows([item.phones for item in items], 0, device)
+        self.expected = PackedRows([item.expected for item in items], 0, device)
+        self.said = PackedRows([item.said for item in items], 0, device)
         self.speakers = torch.stack([item.speaker for item in items]).to(device)
+        self.utt_ids = [item.utt_id for item in items]
         self.positions = self.text.lengths + self.units.lengths + _EXTRA_POSITIONS
 
     def __len__(self) -> int:
@@ -248,7 +281,16 @@ class AlignedSet:
             "embedding": self.speakers[there],
             "owner": self.owners.batch(chosen, there)[0],
             "phone": self.phones.batch(chosen, there)[0],
+            "expected": self.expected.batch(read, read_there)[0],
+            "said": self.said.batch(read, read_there)[0],
         }
+
+    def describe(self) -> dict[str, Tensor]:
+        """What is told of the words of each utterance, see `describe_words`, [T, 1 + phones], int16."""
+        words = {}
+        for number, utt_id in enumerate(self.utt_ids):
+            words[utt_id] = describe_words(self.batch([number]))[0].to(torch.int16).cpu()
+        return words
 
     def _there(self, numbers: Sequence[int]) -> Tensor:
         here = torch.tensor(numbers)

@@ -34,9 +34,9 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, hear_sounds, teach  # noqa: E402
+from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
-from reading_lessons import OWNERS_FILE, SOUNDS_FILE, WordSounds  # noqa: E402
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds  # noqa: E402
 from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 
 import model_code  # noqa: E402
@@ -88,6 +88,7 @@ SEED = 1986  # of the parts' weights, the order of the data, dropout
 THREADS = 1  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
+_FEWEST_TOLD = 10  # utterances to learn from what the language model was told
 _LEVELLED = 100  # utterances that the audio branch's size is measured with
 _CODEBOOK_UTTERANCES = 800  # from whose words the codebooks start
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
@@ -233,7 +234,7 @@ def check_texts(llm: TransformerLM, datasets: Sequence[UtteranceDataset]) -> Non
 
 def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
     """Align some utterances of the training sets; gives the spans of their tokens by the utterance's number."""
-    if not settings.lesson_steps:
+    if not settings.lesson_steps or settings.sounds:
         return {}
     started = time.perf_counter()
     chosen = spread_evenly(len(dataset), settings.lesson_utterances)
@@ -244,43 +245,53 @@ def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
 
 def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: Settings, device: torch.device) -> None:
     """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
-    torch.set_num_threads(1)  # so small are the products that several threads would only wait for each other
-    chosen = [dataset[index] for index in spans or spread_evenly(len(dataset), _LEVELLED)]
+    how: dict[str, Any] = {"device": device, "peak_lr": settings.parts_lr, "seed": settings.seed}
+    if settings.sounds:
+        sounds, words = read_sounds(Path(settings.sounds), joint.llm)
+        everyone = [dataset[index] for index in range(len(dataset))]
+        chosen = [example for example in everyone if example.utt_id in words]
+        if len(chosen) < _FEWEST_TOLD:
+            raise ValueError(
+                f"{settings.sounds}/{WORDS_FILE} has {len(chosen)} of the utterances to train with, expected "
+                f"{_FEWEST_TOLD} at least; teach_reading.py writes it for the splits that it reads"
+            )
+        sounds.to(device)
+    else:
+        chosen = [dataset[index] for index in spans or spread_evenly(len(dataset), _LEVELLED)]
     for variant in ("simple", "taste_novq"):
         if variant not in joint.models:
             continue
         started = time.perf_counter()
+        torch.set_num_threads(1)  # so small are the products that several threads would only wait for each other
         model = joint.models[variant]
         notes: dict[str, Any] = fit_new_parts(model, dataset, {"aggregator"})
-        if settings.lesson_steps:
-            how = {"device": device, "steps": settings.lesson_steps, "peak_lr": settings.parts_lr}
-            notes |= teach(model.to(device), chosen, list(spans.values()), **how, seed=settings.seed)._asdict()
-            model.cpu()
+        torch.set_num_threads(settings.threads)
+        model.to(device)
+        if settings.lesson_steps and not (settings.sounds and variant == "simple"):  # its recording tells no changes
+            by_word = variant != "simple"
+            wanted = (
+                from_words(chosen, words) if settings.sounds else from_alignment(chosen, list(spans.values()), by_word)
+            )
+            notes |= teach(model, chosen, wanted, steps=settings.lesson_steps, **how)._asdict()
         if variant == "simple":
             model.speech_norm.weight.data.fill_(settings.audio_gain)
-        elif settings.sounds:
-            sounds, owners = read_sounds(Path(settings.sounds), joint.llm)
-            everyone = [dataset[index] for index in range(len(dataset))]
-            how = {"device": device, "steps": settings.sound_steps, "peak_lr": settings.parts_lr}
-            notes["sounds"] = hear_sounds(
-                model.to(device), sounds.to(device), owners, everyone, **how, seed=settings.seed
-            )
-            model.cpu()
-        else:
+        if settings.sounds:
+            notes["sounds"] = hear_sounds(model, sounds, words, chosen, steps=settings.sound_steps, **how)
+        model.cpu()
+        if variant != "simple" and not settings.sounds:
             quiet_branch(model, chosen[:_LEVELLED], settings.audio_gain)
         print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
-    torch.set_num_threads(settings.threads)
 
 
 def read_sounds(folder: Path, llm: TransformerLM) -> tuple[WordSounds, dict[str, Tensor]]:
-    """Read what the language model was told of the sound of words, and which units belong to which token.
+    """Read how the language model was told of the sound of words, and what.
 
     Args:
         folder: where teach_reading.py wrote.
         llm: the language model.
 
     Returns:
-        the map from units to sounds, and the text token of each unit by utterance.
+        the map to vectors, and what it has made them from, by utterance, see `describe_words`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -288,7 +299,7 @@ def read_sounds(folder: Path, llm: TransformerLM) -> tuple[WordSounds, dict[str,
     """
     sounds = WordSounds(llm.llm_input_size)
     load_state(sounds, read_weights(folder / SOUNDS_FILE), folder / SOUNDS_FILE)
-    return sounds, read_torch_file(folder / OWNERS_FILE)
+    return sounds, read_torch_file(folder / WORDS_FILE)
 
 
 class JointTraining(LongTraining):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ class TimedTokens(NamedTuple):
     tokens: list[int]  # [T]
     words: list[int]  # the word of each, [T]
     spans: list[Span | None]  # [T]; None: never
+    expected: list[Counter[str]]  # phones of each word, as flite says it alone
+    said: list[Counter[str]]  # phones of each word, as they were said
 
 
 def bare(word: str) -> str:
@@ -92,40 +95,74 @@ def time_tokens(spoken: Spoken, tokenizer: Any, lexicon: Mapping[str, Sequence[s
     """
     text = tokenize(tokenizer, spoken.text)
     pieces = [tokenizer.encoding.decode_single_token_bytes(token).decode("utf-8", "ignore") for token in text.tokens]
-    return TimedTokens(text.tokens, text.word_ids, token_spans(pieces, text.word_ids, spoken.phones, lexicon))
+    words = _join(pieces, text.word_ids)
+    word_of_phone = share_out(words, spoken.phones, lexicon)
+    said = [Counter[str]() for _ in words]
+    for (phone, _), word in zip(spoken.phones, word_of_phone, strict=True):
+        if word is not None:
+            said[word][phone] += 1
+    return TimedTokens(
+        text.tokens,
+        text.word_ids,
+        token_spans(pieces, text.word_ids, spoken.phones, word_of_phone),
+        [Counter(lexicon.get(bare(word), ())) for word in words],
+        said,
+    )
+
+
+def share_out(
+    words: Sequence[str], phones: Sequence[tuple[str, float]], lexicon: Mapping[str, Sequence[str]]
+) -> list[int | None]:
+    """Say which word each phone belongs to, by the cheapest alignment with what flite says for each word alone.
+
+    Args:
+        words: as written.
+        phones: phone and end in seconds, pauses included.
+        lexicon: phones of each word, by `bare` text.
+
+    Returns:
+        the number of each phone's word, never falling; None for a pause.
+    """
+    expected = [(phone, number) for number, word in enumerate(words) for phone in lexicon.get(bare(word), ())]
+    owners = iter(align([phone for phone, _ in expected], [phone for phone, _ in phones if phone != PAUSE]))
+    return [None if phone == PAUSE else expected[next(owners)][1] for phone, _ in phones]
+
+
+def _join(pieces: Sequence[str], word_ids: Sequence[int]) -> list[str]:
+    """The words that tokens' texts are pieces of."""
+    words = [""] * (word_ids[-1] + 1)
+    for piece, word in zip(pieces, word_ids, strict=True):
+        words[word] += piece
+    return words
 
 
 def token_spans(
     pieces: Sequence[str],
     word_ids: Sequence[int],
     phones: Sequence[tuple[str, float]],
-    lexicon: Mapping[str, Sequence[str]],
+    word_of_phone: Sequence[int | None],
 ) -> list[Span | None]:
     """Say when each token is heard.
 
-    The phones are shared out to the words by the cheapest alignment with what flite says for each word alone, and
-    within a word to its tokens by their numbers of letters. A token without letters is heard in the pause after its
-    word.
+    The phones of a word are shared out to its tokens by their numbers of letters. A token without letters is heard in
+    the pause after its word.
 
     Args:
         pieces: the tokens' texts, [T].
         word_ids: the word of each token, [T], as `taste.text.tokenize` gives it.
         phones: phone and end in seconds, pauses included.
-        lexicon: phones of each word, by `bare` text.
+        word_of_phone: what `share_out` gives.
 
     Returns:
         [T]; None for a token that is not heard.
     """
     starts = [0.0, *(end for _, end in phones[:-1])]
     spoken = [(phone, Span(start, end)) for (phone, end), start in zip(phones, starts, strict=True) if phone != PAUSE]
-    words = ["".join(p for p, w in zip(pieces, word_ids, strict=True) if w == word) for word in range(word_ids[-1] + 1)]
-    expected = [(phone, word) for word, text in enumerate(words) for phone in lexicon.get(bare(text), ())]
-    owners = align([phone for phone, _ in expected], [phone for phone, _ in spoken])
-    word_of_phone = np.array([expected[owner][1] for owner in owners], dtype=np.int64)
+    owners = np.array([word for word in word_of_phone if word is not None], dtype=np.int64)
 
     spans: list[Span | None] = []
-    for word in range(len(words)):
-        own = np.flatnonzero(word_of_phone == word).tolist()
+    for word in range(word_ids[-1] + 1):
+        own = np.flatnonzero(owners == word).tolist()
         letters = [len(bare(piece)) for piece, w in zip(pieces, word_ids, strict=True) if w == word]
         bounds = np.round(np.cumsum([0, *letters]) / max(1, sum(letters)) * len(own)).astype(int).tolist()
         for count, first, end in zip(letters, bounds[:-1], bounds[1:], strict=True):
