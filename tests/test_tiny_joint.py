@@ -369,6 +369,21 @@ def test_the_aggregator_learns_to_hear_how_words_sound():
     assert all(torch.equal(value, kept[name]) for name, value in sounds.state_dict().items())
 
 
+def test_simple_learns_to_give_the_encoded_text_and_how_its_words_sound():
+    model, sounds = small_model("simple"), loud_sounds()
+    examples, words = sounding(spoken(40))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    how = {"device": CPU, "seed": 0}
+    untaught = hear_sounds(model, sounds, words, examples, steps=1, peak_lr=1e-9, **how)
+    told = hear_sounds(model, sounds, words, examples, steps=200, peak_lr=5e-3, **how)
+    assert untaught < 0.1 and told > 0.3
+    learned = ("aggregator.", "text_norm.", "speech_norm.", "input_proj.")
+    for name, value in model.state_dict().items():
+        assert name.startswith(learned) or torch.equal(value, before[name]), name
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name.rstrip(".") for name in learned}
+
+
 def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypatch):
     examples, words = sounding(spoken(40))
     shares = []

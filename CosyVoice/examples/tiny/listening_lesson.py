@@ -289,8 +289,8 @@ def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word
     return _standardized(rows)
 
 
-def _standardized(rows: Sequence[Tensor]) -> list[Tensor]:
-    everything = torch.cat(list(rows))
+def _standardized(rows: list[Tensor]) -> list[Tensor]:
+    everything = torch.cat(rows)
     mean, spread = everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-6)
     return [(row - mean) / spread for row in rows]
 
