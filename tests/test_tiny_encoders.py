@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -217,7 +218,8 @@ def test_frames_are_labelled_with_what_is_spoken_there(prepared: list[train_whis
     example = prepared[0]
     assert example.tokens.tolist() == [0] * 5 + [1] * 10 + [2] * 30 + [IGNORED] * 5  # "." is no class here
     assert len(example.phones) == 50
-    assert example.timing[5].exp().tolist() == pytest.approx([1.5, 5.5, 1.5, 10.5])  # frames, of "dh" and of "The"
+    frames = [1.5, 5.5, 6, 1.5, 10.5, 11]  # of "dh" and of "The"
+    assert example.timing[5].exp().tolist() == pytest.approx(frames)
 
 
 def test_training_mel_is_that_of_the_whole_window(prepared: list[train_whisper.Example], tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
 ) -> None:
     monkeypatch.setattr(train_whisper, "find_flite", lambda: "no flite")
     monkeypatch.setattr(train_whisper, "pronounce_texts", lambda spoken, flite: LEXICON)
-    arguments = ["--epochs", "2", "--frames-per-batch", "160", "--joined-share", "0", "--work-dir"]
+    arguments = ["--epochs", "2", "--frames-per-batch", "160", "--joined-share", "0", "--splits", "train", "--work-dir"]
     straight, stopped = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b")
     assert train_whisper.main([*arguments, str(straight)]) == 0
 
@@ -322,6 +324,11 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
     start = ["--start-from", str(straight / "whisper" / "last.pt"), "--lr", "0"]
     assert train_whisper.main([*arguments, str(write_corpus(tmp_path / "c")), *start]) == 0
     assert (tmp_path / "c" / "whisper" / "model.safetensors").read_bytes() == files[0].read_bytes()
+    start[1] = str(straight / "whisper")  # whose encoder is in half precision
+    assert train_whisper.main([*arguments, str(write_corpus(tmp_path / "d")), *start]) == 0
+    first, second = (safetensors.torch.load_file(f / "whisper/model.safetensors") for f in (straight, tmp_path / "d"))
+    encoder = {name for name in first if ".encoder." in name}
+    assert encoder and all(torch.equal(first[name], second[name]) for name in encoder)
 
     capsys.readouterr()
     torch.save({"text_embedding.weight": torch.randn(51_866, 16)}, tmp_path / "llm.pt")

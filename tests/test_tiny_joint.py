@@ -203,7 +203,7 @@ def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
     wanted = from_alignment(examples, spans, by_word=variant != "simple")
     untaught = teach(model, examples, wanted, device=CPU, steps=1, peak_lr=1e-9, seed=0)
     told = teach(model, examples, wanted, device=CPU, steps=120, peak_lr=5e-3, seed=0)
-    assert untaught.length < 0.1 and told.length > untaught.length + 0.4
+    assert untaught.first[0] < 0.1 and told.first[0] > untaught.first[0] + 0.4
     for name, value in model.state_dict().items():
         assert name.startswith("aggregator.") or torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -344,8 +344,8 @@ def sounding(examples: list[Example]) -> tuple[list[Example], dict[str, torch.Te
 
 
 def told_words(lengths: torch.Tensor) -> torch.Tensor:
-    """Words of so many units, spoken as they are written."""
-    return F.pad(lengths[:, None], (0, len(PHONES))).to(torch.int16)
+    """Words of so many units, of as many as a short one has by their text, spoken as they are written."""
+    return F.pad(torch.stack([lengths, torch.full_like(lengths, FRAMES)], dim=1), (0, 1 + len(PHONES))).half()
 
 
 def loud_sounds() -> WordSounds:
@@ -391,7 +391,7 @@ def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypa
         monkeypatch.setattr(listening_lesson, "_BLUR", blur)
         monkeypatch.setattr(listening_lesson, "_BULK_WEIGHT", bulk)
         model = small_model("taste_novq")
-        hear_sounds(model, loud_sounds(), words, examples, device=CPU, steps=300, peak_lr=5e-3, seed=0)
+        hear_sounds(model, loud_sounds(), words, examples, device=CPU, steps=600, peak_lr=5e-3, seed=0)
         with torch.no_grad():
             vectors = torch.cat([model.aggregate(collate([example]))[0] for example in examples])
         variances = torch.linalg.svdvals(vectors - vectors.mean(dim=0)).square()
@@ -399,13 +399,16 @@ def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypa
     assert shares[0] > shares[1]
 
 
-def test_lengths_and_changed_phones_are_what_is_told_of_words():
+def test_pace_and_pause_and_changed_phones_are_what_is_told_of_words():
     examples, words = sounding(spoken(12))
     for number, row in enumerate(words.values()):
-        row[0, 1 + PHONES.index("iy")] = number % 2  # in every other utterance the first word has one more
-    lengths, changes = torch.cat(from_words(examples, words)).T
-    units = torch.cat([*words.values()])[:, 0].float().log()
-    torch.testing.assert_close(lengths, (units - units.mean()) / units.std())
+        row[0, 3 + PHONES.index("iy")] = number % 2  # in every other utterance the first word has one more
+        row[1, 2] = 5  # a pause after the second one
+    wanted = from_words(examples, words)
+    paces, pauses, changes = torch.cat(wanted.rows).T
+    assert wanted.first == 2 and len(pauses.unique()) == 2
+    slow = (torch.cat([*words.values()])[:, 0].float() / FRAMES).log()
+    torch.testing.assert_close(paces, (slow - slow.mean()) / slow.std())
     assert len(changes.unique()) == 2 and changes.max() > 0
     torch.testing.assert_close(
         torch.stack([changes.mean(), changes.std()]), torch.tensor([0.0, 1.0]), atol=1e-5, rtol=0

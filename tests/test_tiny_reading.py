@@ -18,10 +18,10 @@ sys.path.insert(0, str(TINY))
 
 import reading_lessons  # noqa: E402
 import teach_reading  # noqa: E402
-from corpus_reader import PHONES  # noqa: E402
-from reading_lessons import ReadingLessons, describe_words, log_weights  # noqa: E402
+from corpus_reader import PAUSE, PHONES  # noqa: E402
+from reading_lessons import ReadingLessons, describe_words, log_paces, log_weights  # noqa: E402
 from resumable import pick_dtype  # noqa: E402
-from teach_reading import Aligned, AlignedSet, unit_owners  # noqa: E402
+from teach_reading import Aligned, AlignedSet, Pace, unit_owners  # noqa: E402
 from word_times import Span  # noqa: E402
 
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
@@ -84,6 +84,7 @@ def batch() -> dict[str, torch.Tensor]:
         "phone": torch.randint(0, 9, (2, 12), generator=generator),
         "expected": torch.randint(0, 3, (2, 5, len(PHONES)), generator=generator, dtype=torch.int16),
         "said": torch.randint(0, 3, (2, 5, len(PHONES)), generator=generator, dtype=torch.int16),
+        "usual": torch.tensor([[4.0, 4.0, 3.0, 5.0, 5.0], [2.0, 3.0, 3.0, 1.0, 1.0]]),
     }
 
 
@@ -169,16 +170,24 @@ def test_the_phone_to_come_is_asked_for_in_two_layers(lessons, batch) -> None:
     torch.testing.assert_close(found.coming_acc, (logits.argmax(dim=1) == classes).float().mean())
 
 
-def test_how_words_sound_is_how_long_they_last_and_what_they_consist_of(lessons, batch) -> None:
+def test_how_words_sound_is_where_they_differ_from_what_their_text_says(lessons, batch) -> None:
+    pause = PHONES.index(PAUSE)
+    batch = {**batch, "phone": batch["phone"].masked_fill(batch["phone"] == pause, pause + 1)}
+    batch["phone"][0, 9:11] = pause
     words = describe_words(batch)
-    for row, token, count in ((0, 1, 5), (0, 2, 2), (0, 4, 5), (1, 2, 6)):
-        assert words[row, token, 0] == count
-    assert torch.equal(words[:, :, 1:], (batch["said"] - batch["expected"]).float())
+    for row, token, numbers in ((0, 1, (5, 4, 0)), (0, 2, (2, 3, 0)), (0, 4, (3, 5, 2)), (1, 2, (6, 3, 0))):
+        assert words[row, token, :3].tolist() == list(numbers)
+    assert torch.equal(words[:, :, 3:], (batch["said"] - batch["expected"]).float())
+    paces = log_paces(words)
+    torch.testing.assert_close(paces[0, 4].exp(), torch.tensor([3 / 5, 3.0]))
     told = lessons.word_sounds(words)
-    assert not torch.allclose(told[0, 1], told[0, 2])  # of 5 and 2 units
+    assert not torch.allclose(told[0, 1], told[0, 2])  # slower than usual, and faster
+    as_slow = words.clone()
+    as_slow[:, :, :2] *= 2
+    torch.testing.assert_close(lessons.word_sounds(as_slow), told)  # twice as long, and so it should be
     torch.testing.assert_close(told[0, 1], told[0, 0])
     more = lessons.word_sounds(words + F.one_hot(torch.tensor(4), words.shape[2])) - told
-    torch.testing.assert_close(more[0, 1], lessons.word_sounds.mapping.weight[:, -len(PHONES) + 3])
+    torch.testing.assert_close(more[0, 1], lessons.word_sounds.mapping.weight[:, -len(PHONES) + 1])
     silent = {**batch, "owner": batch["owner"].masked_fill(batch["owner"] == 2, 1)}  # without the word of token 2
     told = lessons.word_sounds(describe_words(silent))
     assert not told[0, 2].any() and told[0, 1].any()
@@ -216,6 +225,22 @@ def test_telling_begins_with_the_text_encoders_own_words_for_phones(lessons, mon
     nothing = torch.zeros(5, dtype=torch.int64)
     items = [Aligned("utt", *[nothing] * 5, torch.zeros(192), count, count) for count in counts]
     torch.testing.assert_close(teach_reading.words_for_phones(lessons.llm, items), vectors, atol=0.1, rtol=0)
+
+
+def test_the_usual_pace_is_found_without_the_pauses() -> None:
+    draw, items = torch.Generator().manual_seed(4), []
+    of_phone = torch.rand(len(PHONES), generator=draw) * 5 + 1
+    for number in range(300):
+        counts = torch.randint(0, 2, (3, len(PHONES)), generator=draw, dtype=torch.int16)
+        units = (counts.float() @ of_phone + 2).round().long()
+        owners = torch.arange(3).repeat_interleave(units)
+        phones = torch.ones_like(owners)
+        owners, phones = torch.cat([owners, torch.full((9,), 2)]), F.pad(phones, (0, 9), value=PHONES.index(PAUSE))
+        items.append(Aligned(str(number), owners, torch.arange(3), owners, owners, phones, owners, counts, counts))
+    pace = teach_reading.usual_pace(items)
+    torch.testing.assert_close(pace.of_phone, of_phone, atol=0.2, rtol=0)
+    assert pace.more == pytest.approx(2, abs=1)
+    assert pace.units(torch.zeros(len(PHONES))) == pytest.approx(pace.more)
 
 
 def test_only_rows_that_are_told_hear_how_words_sound(lessons, batch) -> None:
@@ -281,11 +306,12 @@ def test_utterances_can_be_read_another_text() -> None:
         speaker = torch.full((192,), float(number))
         return Aligned(str(number), text, text, units, units, units, speaker, phones, 2 * phones)
 
-    items = AlignedSet([item(number) for number in range(4)], torch.device("cpu"))
+    items = AlignedSet([item(number) for number in range(4)], torch.device("cpu"), Pace(torch.ones(len(PHONES)), 0.5))
     mixed = items.batch([1, 3], texts=[2, 0])
     assert mixed["text_token"].tolist() == [[2, 2, 2], [0, 0, 0]] and mixed["text_token_len"].tolist() == [3, 1]
     assert mixed["word"].tolist() == [[2, 2, 2], [0, 0, 0]]
     assert mixed["expected"][:, 0, 0].tolist() == [2, 0] and mixed["said"][:, 0, 0].tolist() == [4, 0]
+    assert mixed["usual"][:, 0].tolist() == [2 * len(PHONES) + 0.5, 1]
     assert mixed["speech_token_len"].tolist() == [3, 5] and mixed["embedding"][:, 0].tolist() == [1, 3]
     assert mixed["owner"][1].tolist() == mixed["phone"][1].tolist() == [3] * 5
     assert items.batch([1, 3])["text_token_len"].tolist() == [2, 4]
@@ -352,9 +378,9 @@ def test_what_an_aggregator_shall_hear_is_written(start) -> None:
     units = torch.load(folder.parents[1] / "corpus" / "lively" / "utt2speech_token.pt", weights_only=True)
     assert len(words) == sum(SIZES.values())
     for name, own in units.items():
-        assert words[name].dtype == torch.int16 and words[name].shape[1] == 1 + len(PHONES)
-        assert words[name][:, 0].min() > 0 and words[name][:, 0].sum() >= len(own)
-        assert not words[name][:, 1:].any()  # all is said as it is written
+        assert words[name].dtype == torch.float16 and words[name].shape[1] == 3 + len(PHONES)
+        assert words[name][:, :2].min() > 0 and words[name][:, ::2].float()[:, :2].sum() >= len(own)
+        assert not words[name][:, 3:].any()  # all is said as it is written
     sounds = torch.load(folder / reading_lessons.SOUNDS_FILE, weights_only=True)
     untold = start("untold", "--steps", "2", "--tell-rows", "0") / reading_lessons.SOUNDS_FILE
     assert not torch.equal(sounds["mapping.weight"], torch.load(untold, weights_only=True)["mapping.weight"])

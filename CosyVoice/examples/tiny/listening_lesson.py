@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from corpus_reader import PHONES
 from packed_features import PackedFeatures, PackedRows
-from reading_lessons import WordSounds
+from reading_lessons import WordSounds, log_paces
 from resumable import learning_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -41,11 +42,18 @@ _BLUR = 0.3  # standard deviation of what is added to the aggregator's vectors w
 _BULK_WEIGHT = 0.02  # of the vectors' variance: what nobody reads shall not take the codes' room
 
 
+class Wanted(NamedTuple):
+    """What the vectors of a word shall tell, in numbers of zero mean and unit variance."""
+
+    rows: list[Tensor]  # of each utterance, [T, Y]
+    first: int  # the first so many numbers count as much, each, as all others together
+
+
 class Told(NamedTuple):
     """Share of the variance, over unseen utterances, that the linear map finds in the vectors."""
 
-    length: float  # of the logarithm of a word's length
-    rest: float  # of the middle states in its parts, or of the changes of its phones
+    first: list[float]  # of each of the first numbers
+    rest: float | None  # of the others, where there are any
 
 
 class _Aligned(Dataset[list[np.ndarray]]):
@@ -91,7 +99,7 @@ def _as_it_is(value: list[np.ndarray]) -> list[np.ndarray]:
 def teach(
     model: CosyVoiceS3Model,
     examples: Sequence[Example],
-    wanted: Sequence[Tensor],
+    wanted: Wanted,
     *,
     device: torch.device,
     steps: int,
@@ -115,22 +123,27 @@ def teach(
     unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
     parts = []
     for first, last in ((unseen, len(examples)), (0, unseen)):
-        parts.append((PackedFeatures([examples[first:last]], device), PackedRows(wanted[first:last], 0.0, device)))
+        parts.append((PackedFeatures([examples[first:last]], device), PackedRows(wanted.rows[first:last], 0.0, device)))
     (features, targets), measured = parts
     torch.manual_seed(seed)
-    reader = nn.Linear(_width(model), wanted[0].shape[1]).to(device)
+    reader = nn.Linear(_width(model), wanted.rows[0].shape[1]).to(device)
     learning = [*model.aggregator.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
     model.train()
-    _descend(
-        lambda chosen: sum(_errors(model, reader, features, targets, chosen)), features, optimizer, steps, peak_lr, seed
-    )
+
+    def error(chosen: list[int]) -> Tensor:
+        errors = _errors(model, reader, features, targets, chosen)
+        rest = errors[wanted.first :]
+        return errors[: wanted.first].sum() + rest.sum() / max(1, len(rest))
+
+    _descend(error, features, optimizer, steps, peak_lr, seed)
     model.eval()
     with torch.inference_mode():
         everyone = list(range(unseen))
-        errors = [float(error) for error in _errors(model, reader, *measured, everyone)]
+        errors = _errors(model, reader, *measured, everyone)
     model.zero_grad(set_to_none=True)
-    return Told(*(1 - error for error in errors))
+    first, rest = (1 - errors).tensor_split([wanted.first])
+    return Told(first.tolist(), float(rest.mean()) if len(rest) else None)
 
 
 def hear_sounds(
@@ -239,32 +252,33 @@ def _descend(
 
 def _errors(
     model: CosyVoiceS3Model, reader: nn.Linear, features: PackedFeatures, targets: PackedRows, chosen: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of length and of the rest, whose variances are 1."""
+) -> Tensor:
+    """Mean squared errors of the numbers, whose variances are 1, [Y]."""
     batch = features.batch(chosen)
     wanted, lengths = targets.batch(chosen, torch.tensor(chosen, device=batch.text.device))
     valid = valid_mask(lengths, wanted.shape[1])[:, :, None]
     squares = (reader(model.aggregate(batch)) - wanted).square() * valid
-    each = squares.sum(dim=(0, 1)) / valid.sum()
-    return each[0], each[1:].mean()
+    return squares.sum(dim=(0, 1)) / valid.sum()
 
 
-def from_words(examples: Sequence[Example], words: Mapping[str, Tensor]) -> list[Tensor]:
-    """What to tell of each token: how long its word lasts, and which phones are in it more or less often than it says.
+def from_words(examples: Sequence[Example], words: Mapping[str, Tensor]) -> Wanted:
+    """What to tell of each token: how slow its word is, the pause after it, the phones that its text does not say.
 
     Args:
         examples: the utterances.
         words: what `describe_words` gives of each.
 
     Returns:
-        [T, Y] of each utterance, of zero mean and unit variance; phones that hardly ever change are left out.
+        pace and pause, and changes; phones that hardly ever change are left out.
     """
     rows = [words[example.utt_id].float() for example in examples]
-    vary = torch.cat(rows)[:, 1:].std(dim=0) > _FEWEST_CHANGES
-    return _standardized([torch.cat([row[:, :1].clamp(min=1).log(), row[:, 1:][:, vary]], dim=1) for row in rows])
+    paces, changes = [log_paces(row) for row in rows], [row[:, -len(PHONES) :] for row in rows]
+    vary = torch.cat(changes).std(dim=0) > _FEWEST_CHANGES
+    told = [torch.cat([pace, change[:, vary]], dim=1) for pace, change in zip(paces, changes, strict=True)]
+    return Wanted(_standardized(told), first=2)
 
 
-def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> list[Tensor]:
+def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> Wanted:
     """What to tell of each token: how long its word lasts, and Whisper's middle states in the quarters of it.
 
     Args:
@@ -273,7 +287,7 @@ def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word
         by_word: False takes each token for a word.
 
     Returns:
-        [T, Y] of each utterance, of zero mean and unit variance.
+        length, and states.
     """
     axes = widest_directions(torch.cat([example.speech_mid for example in examples]), _CHANNELS).axes.float()
     rows = []
@@ -286,7 +300,7 @@ def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word
             pieces = [mid[place[0] : place[1]].mean(dim=0) for place in _parts(start, end)]
             told += [torch.cat([torch.tensor([float(end - start)]).log(), *pieces])] * (last - first)
         rows.append(torch.stack(told))
-    return _standardized(rows)
+    return Wanted(_standardized(rows), first=1)
 
 
 def _standardized(rows: list[Tensor]) -> list[Tensor]:

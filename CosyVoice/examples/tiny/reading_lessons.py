@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from corpus_reader import PHONES
+from corpus_reader import PAUSE, PHONES
 from torch import Tensor, nn
 
 from cosyvoice.llm.llm import TransformerLM
@@ -16,17 +16,19 @@ from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, ali
 # B batch   T text tokens   S S3 units   L = 3 + T + S positions   D channels   H heads   W head width   G guided heads
 
 SOUNDS_FILE = "word_sounds.pt"  # weights of `WordSounds`
-WORDS_FILE = "told_words.pt"  # {utterance: `describe_words` of its tokens, [T, 1 + phones], int16}
+WORDS_FILE = "told_words.pt"  # {utterance: `describe_words` of its tokens, [T, 3 + phones], float16}
 GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some that use what these have found
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
 COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
 LASTING_BOUNDS = (0, 1, 2, 4, 7, 12, 20)  # units: how long a word has lasted or will last is told in classes up to each
-LENGTH_NOISE = 0.2  # largest standard deviation of what is added to the logarithm of a word's number of units
+LENGTH_NOISE = 0.2  # largest standard deviation of what is added to the logarithms of a word's pace and pause
 CHANGE_NOISE = 0.2  # the same for how often a phone is in a word
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
-_LOUD = 1.0  # standard deviation of the weights for lengths at first: what is too quiet is not listened to
-_BUMPS, _LONGEST = 16, 4.2  # of the logarithm of a word's units: the curves that it is given as, up to 66 units
+_LOUD = 1.0  # standard deviation of the weights for paces and pauses at first: what is too quiet is not listened to
+_PACES = (-1.2, 1.2, 8)  # logarithms of how slow a word is that are told by curves around them: from, to, how many
+_PAUSES = (0.0, 3.6, 6)  # the same of 1 + a pause's units
+_PAUSE = PHONES.index(PAUSE)
 
 
 class Lessons(NamedTuple):
@@ -94,7 +96,8 @@ class ReadingLessons(nn.Module):
         Args:
             batch: as for `TransformerLM.forward`, with `owner`, the text token of each unit, and `phone`, its class,
                 both [B, S] int64; `word`, the number of each text token's word, [B, T] int64; and how often each phone
-                is in that word, where its text is read, `expected`, and as it is spoken, `said`, [B, T, phones] int16.
+                is in that word, where its text is read, `expected`, and as it is spoken, `said`, [B, T, phones] int16;
+                and how many units it usually has, by its text, `usual`, [B, T].
             kept: units that the language model may see, [B, S], bool; None: all.
             told: rows in which it is told how the words sound, [B], bool; None: none.
             lessons: False leaves the lessons out; their values are then 0.
@@ -179,23 +182,40 @@ def describe_words(batch: Mapping[str, Tensor]) -> Tensor:
         batch: as `ReadingLessons.forward` reads it.
 
     Returns:
-        [B, T, 1 + phones], float32: the number of the word's units, 0 where it is not heard, and how many times more
-        often than its text says each phone is in it.
+        [B, T, 3 + phones], float32: the number of the word's units, 0 where it is not heard, the number that is usual
+        for its text, that of the pause after it, and how many times more often than its text says each phone is in it.
     """
-    words = batch["word"]
-    there = torch.arange(batch["owner"].shape[1], device=words.device) < batch["speech_token_len"][:, None]
-    spoken = words.gather(1, batch["owner"]).masked_fill(~there, words.shape[1])  # the word of each unit, [B, S]
-    counts = words.new_zeros(len(words), words.shape[1] + 1).scatter_add_(1, spoken, there.to(words.dtype))
-    counts = counts[:, :-1].gather(1, words)[:, :, None]
-    return torch.cat([counts, batch["said"] - batch["expected"]], dim=2).float()
+    words, owner = batch["word"], batch["owner"]
+    there = torch.arange(owner.shape[1], device=words.device) < batch["speech_token_len"][:, None]
+    silent = batch["phone"] == _PAUSE
+    counts = [
+        torch.zeros_like(words).scatter_add_(1, words.gather(1, owner), which.to(words.dtype)).gather(1, words)
+        for which in (there & ~silent, there & silent)
+    ]
+    numbers = torch.stack([counts[0], batch["usual"], counts[1]], dim=2)
+    return torch.cat([numbers, batch["said"] - batch["expected"]], dim=2).float()
+
+
+def log_paces(words: Tensor) -> Tensor:
+    """How slowly words are spoken, and the pauses after them.
+
+    Args:
+        words: as `describe_words` gives them, [..., 3 + phones].
+
+    Returns:
+        [..., 2]: the logarithms of a word's units, in those that are usual, and of 1 + those of the pause.
+    """
+    units, usual, pause = words[..., :3].float().unbind(dim=-1)
+    return torch.stack([units.clamp(min=1).log() - usual.clamp(min=1).log(), pause.log1p()], dim=-1)
 
 
 class WordSounds(nn.Module):
     """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
 
-    That is how long the word lasts, and by which phones it differs from how its text is read. Which units it holds
-    would be worth more, were it known exactly; the mean of Whisper's states over a word does not tell between units
-    that are alike, and only between those a language model hesitates that has read the text and knows the phones.
+    That is where it differs from what its text leads to expect: how slowly it is spoken, for how long one pauses after
+    it, and by which phones it differs from how its text is read. Which units it holds would be worth more, were it
+    known exactly; the mean of Whisper's states over a word does not tell between units that are alike, and only between
+    those a language model hesitates that has read the text and knows the phones.
 
     Args:
         width: of the vectors that it makes.
@@ -203,7 +223,7 @@ class WordSounds(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mapping = nn.Linear(_BUMPS + len(PHONES), width)
+        self.mapping = nn.Linear(_PACES[2] + _PAUSES[2] + len(PHONES), width)
         nn.init.normal_(self.mapping.weight, std=_LOUD)
         self.speak_of_phones(torch.zeros(width, len(PHONES)))
 
@@ -214,26 +234,31 @@ class WordSounds(nn.Module):
         Args:
             vectors: what one more of each phone in a word adds to its encoded text, [width, phones].
         """
-        self.mapping.weight[:, _BUMPS:] = vectors
+        self.mapping.weight[:, -len(PHONES) :] = vectors
 
     def forward(self, words: Tensor) -> Tensor:
         """Make the vectors; in training from something a little different.
 
         Args:
-            words: as `describe_words` gives them, [B, T, 1 + phones].
+            words: as `describe_words` gives them, [B, T, 3 + phones].
 
         Returns:
             [B, T, width]; 0 for words that are not heard.
         """
-        counts, changes = words.split((1, len(PHONES)), dim=2)
-        lasting = counts.clamp(min=1).log()
+        paces, changes = log_paces(words), words[..., -len(PHONES) :]
         if self.training:
             size = torch.rand(len(words), 1, 1, device=words.device)
-            lasting = lasting + LENGTH_NOISE * size * torch.randn_like(lasting)
+            paces = paces + LENGTH_NOISE * size * torch.randn_like(paces)
             changes = changes + CHANGE_NOISE * size * torch.randn_like(changes)
-        centres = torch.linspace(0, _LONGEST, _BUMPS, device=words.device)
-        bumps = torch.exp(-((lasting - centres) / (_LONGEST / _BUMPS)).square() / 2)
-        return self.mapping(torch.cat([bumps, changes], dim=2)) * (counts > 0)
+        slow, pause = paces.split(1, dim=2)
+        told = torch.cat([_curves(slow, *_PACES), _curves(pause, *_PAUSES), changes], dim=2)
+        return self.mapping(told) * (words[..., :1] > 0)
+
+
+def _curves(values: Tensor, lowest: float, highest: float, count: int) -> Tensor:
+    """Bells around `count` places, as wide as these are apart, at values [..., 1]: [..., count]."""
+    places = torch.linspace(lowest, highest, count, device=values.device)
+    return torch.exp(-((values - places) / (highest - lowest) * (count - 1)).square() / 2)
 
 
 def log_weights(

@@ -61,6 +61,7 @@ PYTHON="${PYTHON:-}"                           # interpreter; empty takes the re
 
 SPLITS=(train phrases lively dev test lively_dev)
 LLM_SPLITS=(train phrases lively) # what the language model learns from
+WHISPER_SPLITS=(train lively)     # what the Whisper encoder learns from
 PACKED=(train lively dev)         # what train.py reads
 COSYVOICE="$REPOSITORY/CosyVoice"
 export PYTHONPATH="$REPOSITORY:$COSYVOICE${PYTHONPATH:+:$PYTHONPATH}"
@@ -197,7 +198,8 @@ train_model() {
 }
 
 train_whisper() {
-    needs 0 "$CORPUS"/{train,dev}/{wav.scp,text,phones}
+    local split
+    for split in "${WHISPER_SPLITS[@]}" dev; do needs 0 "$CORPUS/$split"/{wav.scp,text,phones}; done
     needs 6 "$EXP/llm/llm.pt"
     gives "$WORK_DIR/whisper/model.safetensors"
     clears "$WORK_DIR/whisper"
@@ -205,7 +207,7 @@ train_whisper() {
     flag --epochs "$WHISPER_EPOCHS"
     how --threads "$NUM_THREADS"
     step stage7 "$PYTHON" "$HERE/train_whisper.py" --work-dir "$WORK_DIR" --text-embedding "$EXP/llm/llm.pt" \
-        "${FLAGS[@]}"
+        --splits "$(IFS=, && echo "${WHISPER_SPLITS[*]}")" "${FLAGS[@]}"
 }
 
 assemble() {
@@ -251,7 +253,7 @@ main() {
     find_python "$REPOSITORY"
     [[ "$LIVELY_HOURS" =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse_usage "LIVELY_HOURS is '$LIVELY_HOURS', expected a number"
     if [[ ! "$LIVELY_HOURS" =~ [1-9] ]]; then
-        SPLITS=(train phrases dev test) LLM_SPLITS=(train phrases) PACKED=(train dev)
+        SPLITS=(train phrases dev test) LLM_SPLITS=(train phrases) WHISPER_SPLITS=(train) PACKED=(train dev)
     fi
     OUTPUT="${OUTPUT:-$WORK_DIR/CosyVoice-tiny}"
     CORPUS="$WORK_DIR/corpus" EXP="$WORK_DIR/exp"

@@ -13,9 +13,9 @@ speech and end with the training: some attention heads are shown the token that 
 arXiv 1710.08969), and linear layers must tell, from hidden states, the phone of the next unit and the phone that comes
 after the one being spoken. Without them the model learns which unit follows which, and finds its place in the text
 late or never. Some units are hidden from it, so that it has to go by the text where it speaks freely. In some rows it
-is told how long each word lasts and which phones are in it that its text does not say, where TASTE will tell it what
-a recording holds; `word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear it. Exit codes: 0 done,
-1 error, 2 unknown flag, 130/143 stopped, saved.
+is told how slowly each word is spoken, where pauses are, and which phones a word has that its text does not say, where
+TASTE will tell it what a recording holds; `word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear
+it. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped, saved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tqdm import tqdm
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
-from corpus_reader import PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
+from corpus_reader import PAUSE, PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
 from packed_features import PackedRows, cut_batches  # noqa: E402
 from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words  # noqa: E402
@@ -106,6 +106,17 @@ class Aligned(NamedTuple):
     said: Tensor  # the same, as it is spoken
 
 
+class Pace(NamedTuple):
+    """How many units a word usually has: so many for each of its phones, and some more."""
+
+    of_phone: Tensor  # [phones] float32
+    more: float
+
+    def units(self, expected: Tensor) -> Tensor:
+        """Of words whose phones are counted, [..., phones]: [...], 1 at least."""
+        return (expected.float() @ self.of_phone + self.more).clamp(min=1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
     settings = parse_settings(__file__, globals(), argv)
@@ -136,7 +147,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     torch.set_float32_matmul_precision("high")
     items = [item for name in settings.splits for item in read_aligned(settings, name)]
     unheard = read_aligned(settings, settings.dev)
-    learned, measured = AlignedSet(items, device), AlignedSet(unheard, device)
+    pace = usual_pace(items)
+    learned, measured = AlignedSet(items, device, pace), AlignedSet(unheard, device, pace)
     save_file(folder / WORDS_FILE, learned.describe() | measured.describe())
 
     torch.manual_seed(settings.seed)
@@ -207,6 +219,19 @@ def _counted(words: Sequence[Counter[str]]) -> Tensor:
     return torch.tensor([[word[phone] for phone in PHONES] for word in words], dtype=torch.int16)
 
 
+def usual_pace(items: Sequence[Aligned]) -> Pace:
+    """Find how many units a phone takes, by least squares over the words, pauses after them left out."""
+    pause = PHONES.index(PAUSE)
+    counts = [
+        torch.bincount(item.words[item.owners[item.phones != pause]], minlength=len(item.words))[item.words]
+        for item in items
+    ]
+    units = torch.cat(counts)
+    heard = units > 0
+    weight, bias = ridge(torch.cat([item.expected for item in items])[heard].double(), units[heard, None].double())
+    return Pace(weight[0].float(), float(bias))
+
+
 @torch.no_grad()
 def words_for_phones(llm: TransformerLM, items: Sequence[Aligned]) -> Tensor:
     """What one more of each phone in a word adds to its encoded text, by least squares.
@@ -243,9 +268,10 @@ class AlignedSet:
     Args:
         items: at least one.
         device: where to keep them.
+        pace: what is usual.
     """
 
-    def __init__(self, items: Sequence[Aligned], device: torch.device) -> None:
+    def __init__(self, items: Sequence[Aligned], device: torch.device, pace: Pace) -> None:
         self.device = device
         self.text = PackedRows([item.text for item in items], 0, device)
         self.words = PackedRows([item.words for item in items], 0, device)
@@ -254,6 +280,7 @@ class AlignedSet:
         self.phones = PackedRows([item.phones for item in items], 0, device)
         self.expected = PackedRows([item.expected for item in items], 0, device)
         self.said = PackedRows([item.said for item in items], 0, device)
+        self.usual = PackedRows([pace.units(item.expected) for item in items], 0.0, device)
         self.speakers = torch.stack([item.speaker for item in items]).to(device)
         self.utt_ids = [item.utt_id for item in items]
         self.positions = self.text.lengths + self.units.lengths + _EXTRA_POSITIONS
@@ -283,13 +310,14 @@ class AlignedSet:
             "phone": self.phones.batch(chosen, there)[0],
             "expected": self.expected.batch(read, read_there)[0],
             "said": self.said.batch(read, read_there)[0],
+            "usual": self.usual.batch(read, read_there)[0],
         }
 
     def describe(self) -> dict[str, Tensor]:
-        """What is told of the words of each utterance, see `describe_words`, [T, 1 + phones], int16."""
+        """What is told of the words of each utterance, see `describe_words`, [T, 3 + phones], float16."""
         words = {}
         for number, utt_id in enumerate(self.utt_ids):
-            words[utt_id] = describe_words(self.batch([number]))[0].to(torch.int16).cpu()
+            words[utt_id] = describe_words(self.batch([number]))[0].half().cpu()
         return words
 
     def _there(self, numbers: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """Train a small Whisper encoder on the synthesised corpus, to say frame by frame what is spoken.
 
-In: `<work-dir>/corpus/{train,dev}`, and the text embeddings of the language model that the encoder will serve. Out, in
+In: splits of `<work-dir>/corpus`, and the text embeddings of the language model that the encoder will serve. Out, in
 `<work-dir>/whisper/`: config.json, generation_config.json, preprocessor_config.json and model.safetensors (float16) in
 transformers' format, metrics.json, settings.json, and last.pt, from which a run that was stopped goes on; .done when
 all is there. Needs flite, for the phones of single words.
@@ -50,18 +50,20 @@ from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperE
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows
-START_FROM = None  # str: last.pt of an earlier training to start from, such as one for other text embeddings
-EPOCHS = 15  # passes over the training split
+START_FROM = None  # str: where to start: last.pt of an earlier training, or a folder with a Whisper of this size
+SPLITS = ("train", "lively")  # of the corpus, to learn from
+DEV = "dev"  # the split that is measured
+EPOCHS = 15  # passes over the training splits
 FRAMES_PER_BATCH = 2_500  # 20 ms each
 JOINED_SHARE = 0.15  # of the rows that are several utterances one after another, so that late positions are met
 LR = 1.5e-3  # peak learning rate of AdamW; it rises over the first tenth and falls along a cosine
 WEIGHT_DECAY = 0.02  # AdamW's
 GRAD_CLIP = 1.0  # largest norm of the gradient
-PROSODY_WEIGHT = 1.0  # of the squared error of timing and spectrum
+PROSODY_WEIGHT = 4.0  # of the squared error of timing and spectrum
 SAMPLED_FRAMES = 16  # of the silence behind a recording, in place of all of it
 CLEAN_SHARE = 0.5  # of the rows that get no noise
 DTYPE = "bfloat16"  # of the matrix products: float32, bfloat16; auto: bfloat16 on a CPU with AMX
-MEASURED_UTTERANCES = 100  # of the dev split, measured at the end with the whole window
+MEASURED_UTTERANCES = 100  # of DEV, measured at the end with the whole window
 SEED = 0  # of everything random
 THREADS = 1  # of the CPU
 
@@ -74,11 +76,12 @@ _MEL_PER_FRAME = 2
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
 _DYNAMIC_RANGE = 2.0  # of a log-mel: 8 decades, divided by 4
 _QUIETEST = -1.5  # log-mel of 1e-10
+_TIMES = 6  # see `time_frames`
 _BANDS = 16  # the log-mel's 128 bins, eight at a time
 _MOST_JOINED_FRAMES = 1_200
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
 _DECIDES_TRAINING = (
-    *("epochs", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
+    *("splits", "epochs", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
     *("sampled_frames", "clean_share", "dtype", "seed"),
 )
 
@@ -89,7 +92,7 @@ class Example(NamedTuple):
     mel: Tensor  # log-mel [128, 2 A + 4], float16, with what the recording's end leaves in the silence behind it
     tokens: Tensor  # class of each frame, [A] int64; 0 is silence, IGNORED where nobody knows
     phones: Tensor  # [A] int64
-    timing: Tensor  # [A, 4] float32, see `time_frames`
+    timing: Tensor  # [A, 6] float32, see `time_frames`
     token_spans: list[tuple[int, Span]]  # the text's tokens that are classes, and when they are heard
 
 
@@ -123,28 +126,29 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     folder = settings.work_dir / "whisper"
     print(f"settings of {folder}:\n{settings.describe()}\n")
     settings.save(folder / "settings.json")
-    splits = {name: read_split(settings.work_dir / "corpus", name) for name in ("train", "dev")}
+    corpus = settings.work_dir / "corpus"
+    learned = [spoken for name in settings.splits for spoken in read_split(corpus, name)]
+    splits = {"learned": learned, "measured": read_split(corpus, settings.dev)[: settings.measured_utterances]}
     tokenizer = load_config(_CONFIGURATION, ["get_tokenizer"])["get_tokenizer"]()
     lexicon = pronounce_texts([spoken for split in splits.values() for spoken in split], find_flite())
-    vocabulary = sorted({token for spoken in splits["train"] for token in tokenize(tokenizer, spoken.text).tokens})
+    vocabulary = sorted({token for spoken in learned for token in tokenize(tokenizer, spoken.text).tokens})
     corpora = {
         name: Corpus([prepare(spoken, tokenizer, vocabulary, lexicon) for spoken in split], split)
         for name, split in splits.items()
     }
-    print(f"{len(splits['train'])} utterances, {len(vocabulary)} text tokens", flush=True)
+    print(f"{len(learned)} utterances, {len(vocabulary)} text tokens", flush=True)
 
     torch.manual_seed(settings.seed)
     whisper = build_whisper()
     embeddings = text_embeddings(settings.text_embedding, vocabulary, settings.seed)
-    teacher = FrameTeacher(_WIDTH, embeddings, len(PHONES), 4 + _BANDS)
+    teacher = FrameTeacher(_WIDTH, embeddings, len(PHONES), _TIMES + _BANDS)
     if settings.start_from:
         start_from(Path(settings.start_from), whisper, teacher)
-    if not train(settings, whisper, teacher, corpora["train"].examples, dtype, folder / "last.pt", stop_requested):
+    if not train(settings, whisper, teacher, corpora["learned"].examples, dtype, folder / "last.pt", stop_requested):
         return False
     write_whisper(whisper, folder)
-    measured = Corpus(*(part[: settings.measured_utterances] for part in corpora["dev"]))
     metrics = {"text_tokens": len(vocabulary), "text_embedding": settings.text_embedding}
-    metrics |= measure(folder, teacher.eval(), measured)
+    metrics |= measure(folder, teacher.eval(), corpora["measured"])
     write_json(folder / "metrics.json", metrics)
     (folder / ".done").touch()
     print(json.dumps(metrics, indent=2))
@@ -178,7 +182,7 @@ def prepare(spoken: Spoken, tokenizer: Any, vocabulary: Sequence[int], lexicon: 
 
 
 def time_frames(phones: Sequence[tuple[str, float]], tokens: Sequence[Span], num_frames: int) -> Tensor:
-    """Say how long each frame's phone and token have lasted and will last.
+    """Say how long each frame's phone and token have lasted, will last, and last in all.
 
     Args:
         phones: phone and end in seconds, pauses included.
@@ -186,14 +190,15 @@ def time_frames(phones: Sequence[tuple[str, float]], tokens: Sequence[Span], num
         num_frames: A.
 
     Returns:
-        [A, 4] float32: ln(1 + frames) since the phone's start, to its end, since the token's start, to its end.
+        [A, 6] float32: ln(1 + frames) since the phone's start, to its end, and between the two; the same of the token.
     """
     middles = (np.arange(num_frames) + 0.5) / FRAMES_PER_SECOND
     columns = []
     for ends in ([end for _, end in phones], sorted({bound for span in tokens for bound in span})):
         bounds = np.array([0.0, *ends, max(num_frames / FRAMES_PER_SECOND, ends[-1] if ends else 0.0) + 1e-3])
         place = np.searchsorted(bounds, middles, side="right").clip(1, len(bounds) - 1)
-        for distance in (middles - bounds[place - 1], bounds[place] - middles):
+        starts, stops = bounds[place - 1], bounds[place]
+        for distance in (middles - starts, stops - middles, stops - starts):
             columns.append(np.log1p(distance.clip(min=0.0) * FRAMES_PER_SECOND))
     return torch.from_numpy(np.stack(columns, axis=1)).float()
 
@@ -238,11 +243,15 @@ def build_whisper() -> WhisperForConditionalGeneration:
 
 
 def start_from(path: Path, whisper: WhisperForConditionalGeneration, teacher: FrameTeacher) -> None:
-    """Put in the weights of an earlier training on the same corpus; the text embeddings stay the new ones.
+    """Put in the weights of an earlier training but for its text embeddings; a folder has those of the encoder only.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
+    if path.is_dir():
+        earlier = WhisperForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        whisper.model.encoder.load_state_dict(earlier.model.encoder.state_dict())
+        return
     parts = torch.load(path, weights_only=True)["parts"]
     whisper.model.encoder.load_state_dict(parts["encoder"])
     teacher.load_state_dict(parts["teacher"] | {"embeddings": teacher.embeddings})
@@ -280,7 +289,8 @@ def train(
     deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
     deciding["text_embedding"] = digest([teacher.embeddings])
     if settings.start_from:
-        deciding["start_from"] = file_digest(settings.start_from)
+        path = Path(settings.start_from)
+        deciding["start_from"] = file_digest(path / "model.safetensors" if path.is_dir() else path)
     parts = {"encoder": encoder, "teacher": teacher, "optimizer": optimizer}
     lengths = [len(example.phones) for example in examples]
     for epoch in range(resume(checkpoint_path, parts, deciding), settings.epochs):
@@ -365,7 +375,7 @@ def collate(rows: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor, Tensor, 
     mels = torch.empty(len(rows), _MEL_BINS, _MEL_PER_FRAME * (length + CLEAR_FRAMES))
     tokens = torch.full((len(rows), length), IGNORED)
     phones = torch.full((len(rows), length), IGNORED)
-    prosody = torch.zeros(len(rows), length, 4 + _BANDS)
+    prosody = torch.zeros(len(rows), length, _TIMES + _BANDS)
     for number, row in enumerate(rows):
         inner = [example.mel[:, : _MEL_PER_FRAME * len(example.phones)] for example in row[:-1]]
         mel = torch.cat([*inner, row[-1].mel], dim=1).float()
@@ -374,9 +384,9 @@ def collate(rows: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor, Tensor, 
         size = frames[number]
         tokens[number, :size] = torch.cat([example.tokens for example in row])
         phones[number, :size] = torch.cat([example.phones for example in row])
-        prosody[number, :size, :4] = torch.cat([example.timing for example in row])
+        prosody[number, :size, :_TIMES] = torch.cat([example.timing for example in row])
         bands = mel[:, : _MEL_PER_FRAME * size].unflatten(1, (size, -1)).unflatten(0, (_BANDS, -1)).mean(dim=(1, 3))
-        prosody[number, :size, 4:] = bands.T
+        prosody[number, :size, _TIMES:] = bands.T
     return mels, tokens, phones, prosody
 
 
