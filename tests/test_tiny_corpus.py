@@ -236,7 +236,7 @@ def test_half_of_the_vowels_are_others_near_them_and_consonants_stay(
     maker: dict[str, Any], lively_plan: list[Any], flite: str
 ) -> None:
     enliven = maker["read_some_lively"].__globals__["enliven"].__globals__
-    lexicon = enliven["pronounce"](["market", "the"], flite)  # m aa r k ax t, dh ax
+    lexicon = enliven["pronounce_texts"](["Market, the"], flite)  # m aa r k ax t, dh ax
     sentence = lively_plan[0].reading._replace(text=" ".join(["Market, the"] * 400))
     said = enliven["read_lively"](sentence, random.Random(3), lexicon).said
     changed = {phones for phones in said[::2] if phones}

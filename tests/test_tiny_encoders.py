@@ -298,7 +298,7 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(train_whisper, "find_flite", lambda: "no flite")
-    monkeypatch.setattr(train_whisper, "pronounce_texts", lambda spoken, flite: LEXICON)
+    monkeypatch.setattr(train_whisper, "pronounce_texts", lambda texts, flite: LEXICON)
     arguments = ["--epochs", "2", "--frames-per-batch", "160", "--joined-share", "0", "--splits", "train", "--work-dir"]
     straight, stopped = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b")
     assert train_whisper.main([*arguments, str(straight)]) == 0

@@ -338,7 +338,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pa
 
     with pytest.MonkeyPatch.context() as patch:  # flite need not be there
         patch.setattr(teach_reading, "find_flite", lambda: "no flite")
-        patch.setattr(teach_reading, "pronounce_texts", lambda spoken, flite: LEXICON)
+        patch.setattr(teach_reading, "pronounce_texts", lambda texts, flite: LEXICON)
         yield teach
 
 

@@ -67,7 +67,7 @@ def test_every_token_that_the_language_model_will_read_is_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_llm, "find_flite", lambda: "no flite")
-    monkeypatch.setattr(start_llm, "pronounce_texts", lambda spoken, flite: LEXICON)
+    monkeypatch.setattr(start_llm, "pronounce_texts", lambda texts, flite: LEXICON)
     write_spoken_corpus(tmp_path, {"train": 1, "phrases": 1, "lively": 9, "dev": 2}, words=2)
     settings = parse_settings(start_llm.__file__, vars(start_llm), ["--work-dir", str(tmp_path)])
     texts = start_llm.read_pronounced(settings)

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio.functional
-from word_times import bare, pronounce
+from word_times import bare, pronounce_texts
 
 VOICES = ("kal16", "awb", "rms", "slt")  # flite's 16 kHz voices
 SAMPLE_RATE_HZ = 16_000
@@ -96,8 +96,7 @@ def enliven(readings: Sequence[Reading], draw: random.Random, flite: str) -> lis
     Returns:
         the readings, each as `read_lively` makes it.
     """
-    words = {bare(word) for reading in readings for word in reading.text.split()} - {""}
-    lexicon = pronounce(words, flite) if words else {}
+    lexicon = pronounce_texts((reading.text for reading in readings), flite)
     return [read_lively(reading, draw, lexicon) for reading in readings]
 
 

@@ -120,7 +120,7 @@ def read_pronounced(settings: Settings) -> dict[str, list[Pronounced]]:
         "dev": read_split(corpus, "dev"),
     }
     tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce_texts(texts["train"] + texts["dev"], find_flite())
+    lexicon = pronounce_texts((item.text for item in texts["train"] + texts["dev"]), find_flite())
     return {
         name: [pronounced(spoken, tokenizer, lexicon) for spoken in tqdm(split, desc=f"texts, {name}", mininterval=2)]
         for name, split in texts.items()

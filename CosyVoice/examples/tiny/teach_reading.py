@@ -190,7 +190,7 @@ def read_aligned(settings: Settings, split: str) -> list[Aligned]:
             "run stages 3 and 4 of run.sh"
         )
     tokenizer = load_config(settings.config, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce_texts(spoken, find_flite())
+    lexicon = pronounce_texts((item.text for item in spoken), find_flite())
     return [
         align_units(item, tokenizer, lexicon, units[item.utt_id], speakers[item.utt_id])
         for item in tqdm(spoken, desc=f"alignments, {split}", mininterval=2)

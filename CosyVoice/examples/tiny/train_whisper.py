@@ -130,7 +130,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     learned = [spoken for name in settings.splits for spoken in read_split(corpus, name)]
     splits = {"learned": learned, "measured": read_split(corpus, settings.dev)[: settings.measured_utterances]}
     tokenizer = load_config(_CONFIGURATION, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce_texts([spoken for split in splits.values() for spoken in split], find_flite())
+    lexicon = pronounce_texts((spoken.text for split in splits.values() for spoken in split), find_flite())
     vocabulary = sorted({token for spoken in learned for token in tokenize(tokenizer, spoken.text).tokens})
     corpora = {
         name: Corpus([prepare(spoken, tokenizer, vocabulary, lexicon) for spoken in split], split)

@@ -69,17 +69,18 @@ def pronounce(words: Iterable[str], flite: str) -> dict[str, tuple[str, ...]]:
     return dict(zip(ordered, phones, strict=True))
 
 
-def pronounce_texts(spoken: Iterable[Spoken], flite: str) -> dict[str, tuple[str, ...]]:
-    """Ask flite for the phones of each word of some utterances.
+def pronounce_texts(texts: Iterable[str], flite: str) -> dict[str, tuple[str, ...]]:
+    """Ask flite for the phones of each word of some texts.
 
     Args:
-        spoken: the utterances.
+        texts: the texts.
         flite: path of the program.
 
     Returns:
         {word, as `bare` gives it: phones without pauses}.
     """
-    return pronounce({bare(word) for item in spoken for word in item.text.split()} - {""}, flite)
+    words = {bare(word) for text in texts for word in text.split()} - {""}
+    return pronounce(words, flite) if words else {}
 
 
 def time_tokens(spoken: Spoken, tokenizer: Any, lexicon: Mapping[str, Sequence[str]]) -> TimedTokens:
