@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from corpus_reader import PHONES
 from packed_features import PackedFeatures, PackedRows
-from reading_lessons import WordSounds, log_paces
+from reading_lessons import WordFacts, WordSounds, log_paces
 from resumable import learning_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from unit_codes import CODE_WIDTH
 
 from taste.alignment import align
 from taste.batch import Example
@@ -46,14 +46,7 @@ class Wanted(NamedTuple):
     """What the vectors of a word shall tell, in numbers of zero mean and unit variance."""
 
     rows: list[Tensor]  # of each utterance, [T, Y]
-    first: int  # the first so many numbers count as much, each, as all others together
-
-
-class Told(NamedTuple):
-    """Share of the variance, over unseen utterances, that the linear map finds in the vectors."""
-
-    first: list[float]  # of each of the first numbers
-    rest: float | None  # of the others, where there are any
+    groups: dict[str, int]  # how many of the numbers are about what, in their order; each group counts as much
 
 
 class _Aligned(Dataset[list[np.ndarray]]):
@@ -105,7 +98,7 @@ def teach(
     steps: int,
     peak_lr: float,
     seed: int,
-) -> Told:
+) -> dict[str, float]:
     """Teach the aggregator of a variant.
 
     Args:
@@ -118,7 +111,7 @@ def teach(
         seed: of the order.
 
     Returns:
-        how much it tells of utterances that it did not learn from.
+        share of the variance of each group that the linear map finds, over utterances that it did not learn from.
     """
     unseen = max(1, round(len(examples) * _UNSEEN_SHARE))
     parts = []
@@ -131,10 +124,11 @@ def teach(
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
     model.train()
 
+    sizes = list(wanted.groups.values())
+
     def error(chosen: list[int]) -> Tensor:
         errors = _errors(model, reader, features, targets, chosen)
-        rest = errors[wanted.first :]
-        return errors[: wanted.first].sum() + rest.sum() / max(1, len(rest))
+        return sum(group.mean() for group in errors.split(sizes))
 
     _descend(error, features, optimizer, steps, peak_lr, seed)
     model.eval()
@@ -142,8 +136,7 @@ def teach(
         everyone = list(range(unseen))
         errors = _errors(model, reader, *measured, everyone)
     model.zero_grad(set_to_none=True)
-    first, rest = (1 - errors).tensor_split([wanted.first])
-    return Told(first.tolist(), float(rest.mean()) if len(rest) else None)
+    return {name: 1 - float(group.mean()) for name, group in zip(wanted.groups, errors.split(sizes), strict=True)}
 
 
 def hear_sounds(
@@ -262,20 +255,24 @@ def _errors(
 
 
 def from_words(examples: Sequence[Example], words: Mapping[str, Tensor]) -> Wanted:
-    """What to tell of each token: how slow its word is, the pause after it, the phones that its text does not say.
+    """What to tell of each token: how slow its word is, the pause after it, phones its text does not say, its units.
 
     Args:
         examples: the utterances.
         words: what `describe_words` gives of each.
 
     Returns:
-        pace and pause, and changes; phones that hardly ever change are left out.
+        pace, pause, changes, and codes; phones that hardly ever change are left out.
     """
     rows = [words[example.utt_id].float() for example in examples]
-    paces, changes = [log_paces(row) for row in rows], [row[:, -len(PHONES) :] for row in rows]
-    vary = torch.cat(changes).std(dim=0) > _FEWEST_CHANGES
-    told = [torch.cat([pace, change[:, vary]], dim=1) for pace, change in zip(paces, changes, strict=True)]
-    return Wanted(_standardized(told), first=2)
+    facts = [WordFacts.of(row) for row in rows]
+    vary = torch.cat([fact.changes for fact in facts]).std(dim=0) > _FEWEST_CHANGES
+    told = [
+        torch.cat([log_paces(row), fact.changes[:, vary], fact.codes], dim=1)
+        for row, fact in zip(rows, facts, strict=True)
+    ]
+    groups = {"pace": 1, "pause": 1, "changes": int(vary.sum()), "codes": CODE_WIDTH}
+    return Wanted(_standardized(told), {name: size for name, size in groups.items() if size})
 
 
 def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word: bool) -> Wanted:
@@ -300,7 +297,7 @@ def from_alignment(examples: Sequence[Example], spans: Sequence[Tensor], by_word
             pieces = [mid[place[0] : place[1]].mean(dim=0) for place in _parts(start, end)]
             told += [torch.cat([torch.tensor([float(end - start)]).log(), *pieces])] * (last - first)
         rows.append(torch.stack(told))
-    return Wanted(_standardized(rows), first=1)
+    return Wanted(_standardized(rows), {"length": 1, "states": _PARTS * len(axes.T)})
 
 
 def _standardized(rows: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from corpus_reader import PAUSE, PHONES
 from torch import Tensor, nn
+from unit_codes import CODE_WIDTH, unit_codes
 
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, align_distances
@@ -16,16 +17,19 @@ from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, ali
 # B batch   T text tokens   S S3 units   L = 3 + T + S positions   D channels   H heads   W head width   G guided heads
 
 SOUNDS_FILE = "word_sounds.pt"  # weights of `WordSounds`
-WORDS_FILE = "told_words.pt"  # {utterance: `describe_words` of its tokens, [T, 3 + phones], float16}
+WORDS_FILE = "told_words.pt"  # {utterance: what `describe_words` says of its tokens, [T, FACTS], float16}
 GUIDED_LAYERS = (2, 3)  # of the language model, from 0: behind them are some that use what these have found
 GUIDED_HEADS = 2  # of each: the first looks at the token that is spoken next, the second at the one after it
 COMING_LAYER = 4  # the layer, and all behind it, that must know which phone comes next
 LASTING_BOUNDS = (0, 1, 2, 4, 7, 12, 20)  # units: how long a word has lasted or will last is told in classes up to each
 LENGTH_NOISE = 0.2  # largest standard deviation of what is added to the logarithms of a word's pace and pause
 CHANGE_NOISE = 0.2  # the same for how often a phone is in a word
+CODE_NOISE = 0.5  # the same for the codes of its units
+FACTS = 3 + len(PHONES) + CODE_WIDTH  # that are known of a word, see `WordFacts`
 _BEFORE_TEXT = 2  # positions: sos, speaker
 _NOBODY = -1
 _LOUD = 1.0  # standard deviation of the weights for paces and pauses at first: what is too quiet is not listened to
+_CODE_GAIN = 0.15  # the same for codes, of which there are more
 _PACES = (-1.2, 1.2, 8)  # logarithms of how slow a word is that are told by curves around them: from, to, how many
 _PAUSES = (0.0, 3.6, 6)  # the same of 1 + a pause's units
 _PAUSE = PHONES.index(PAUSE)
@@ -44,6 +48,20 @@ class Lessons(NamedTuple):
     coming_acc: Tensor  # share of these that are right, by the last layer
     lasting: Tensor  # cross-entropy of how long the word has lasted, and of how long it will last yet, in nats
     lasting_acc: Tensor  # share of the latter, in `LASTING_BOUNDS`, that is right
+    sounding: Tensor  # share of the variance of the word's codes that is lost on the way, in rows that were told them
+
+
+class WordFacts(NamedTuple):
+    """What is known of how words sound, as `describe_words` puts it in a row."""
+
+    numbers: Tensor  # [..., 3]: units, 0 where it is not heard; units that are usual for its text; those of the pause
+    changes: Tensor  # [..., phones]: how many times more often than its text says each phone is in it
+    codes: Tensor  # [..., CODE_WIDTH]: mean of the codes of its units, as long as a code; 0 where it is not heard
+
+    @classmethod
+    def of(cls, words: Tensor) -> WordFacts:
+        """Take rows apart, [..., FACTS]."""
+        return cls(*words.float().split([3, len(PHONES), CODE_WIDTH], dim=-1))
 
 
 class ReadingLessons(nn.Module):
@@ -70,6 +88,8 @@ class ReadingLessons(nn.Module):
         self.coming_readers = nn.ModuleList(nn.Linear(width, len(PHONES) + 1) for _ in range(2))  # and one for the end
         self.lasting_readers = nn.ModuleList(nn.Linear(width, len(LASTING_BOUNDS) + 1) for _ in range(2))
         self.word_sounds = WordSounds(llm.llm_input_size)
+        self.sounding_readers = nn.ModuleList(nn.Linear(width, CODE_WIDTH) for _ in range(2))
+        self.register_buffer("unit_codes", unit_codes(), persistent=False)
         self._kept: Tensor | None = None  # which units may be seen, [B, S]
         self._scores: list[Tensor] = []  # log-weights of the guided heads, [B, G, L, L] a layer
         self._deep: Tensor | None = None
@@ -107,7 +127,8 @@ class ReadingLessons(nn.Module):
             the losses, means over what they are of.
         """
         self._kept, self._scores, self._listening, self._guiding = kept, [], lessons, lessons and guide
-        self._told = None if told is None else self.word_sounds(describe_words(batch)) * told[:, None, None]
+        words = None if told is None else describe_words(batch, self.unit_codes)
+        self._told = None if told is None else self.word_sounds(words) * told[:, None, None]
         out = self.llm(batch, batch["text_token"].device)
         scores, hidden, deep = self._scores, self._hidden, self._deep
         self._kept, self._told, self._scores, self._hidden, self._deep = None, None, [], None, None
@@ -124,9 +145,16 @@ class ReadingLessons(nn.Module):
             _read(reader(vectors), classes)
             for reader, vectors, classes in zip(self.lasting_readers, (deep, hidden), (since, until), strict=True)
         )
+        sounding = nothing
+        if told is not None:
+            codes = WordFacts.of(words).codes
+            sounding = sum(
+                _lost(reader(vectors), codes, owners.masked_fill(~told[:, None], _NOBODY))
+                for reader, vectors in zip(self.sounding_readers, (deep, hidden), strict=True)
+            )
         return Lessons(
             *(out["loss"], out["acc"], *guided, *phone, (early[0] + late[0]) / 2, late[1]),
-            *((lasted[0] + lasting[0]) / 2, lasting[1]),
+            *((lasted[0] + lasting[0]) / 2, lasting[1], sounding / 2),
         )
 
     def _tell(self, _module: nn.Module, _inputs: Any, encoded: Tensor) -> Tensor | None:
@@ -175,37 +203,42 @@ def lasting_classes(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.bucketize(since, bounds), torch.bucketize(until, bounds)
 
 
-def describe_words(batch: Mapping[str, Tensor]) -> Tensor:
+def describe_words(batch: Mapping[str, Tensor], codes: Tensor) -> Tensor:
     """What can be told of how each token's word sounds.
 
     Args:
         batch: as `ReadingLessons.forward` reads it.
+        codes: of the S3 units, see `unit_codes`; on the same device.
 
     Returns:
-        [B, T, 3 + phones], float32: the number of the word's units, 0 where it is not heard, the number that is usual
-        for its text, that of the pause after it, and how many times more often than its text says each phone is in it.
+        [B, T, FACTS], float32, see `WordFacts`.
     """
-    words, owner = batch["word"], batch["owner"]
+    words, owner, units = batch["word"], batch["owner"], batch["speech_token"]
     there = torch.arange(owner.shape[1], device=words.device) < batch["speech_token_len"][:, None]
     silent = batch["phone"] == _PAUSE
+    spoken = words.gather(1, owner)  # [B, S], the word of each unit
     counts = [
-        torch.zeros_like(words).scatter_add_(1, words.gather(1, owner), which.to(words.dtype)).gather(1, words)
+        torch.zeros_like(words).scatter_add_(1, spoken, which.to(words.dtype)).gather(1, words)
         for which in (there & ~silent, there & silent)
     ]
+    each = codes[units.clamp(min=0)] * (there & ~silent)[:, :, None]
+    sums = each.new_zeros(*words.shape, CODE_WIDTH)
+    sums.scatter_add_(1, spoken[:, :, None].expand_as(each), each)
+    held = F.normalize(sums.gather(1, words[:, :, None].expand_as(sums)), dim=2) * CODE_WIDTH**0.5
     numbers = torch.stack([counts[0], batch["usual"], counts[1]], dim=2)
-    return torch.cat([numbers, batch["said"] - batch["expected"]], dim=2).float()
+    return torch.cat([numbers.float(), (batch["said"] - batch["expected"]).float(), held], dim=2)
 
 
 def log_paces(words: Tensor) -> Tensor:
     """How slowly words are spoken, and the pauses after them.
 
     Args:
-        words: as `describe_words` gives them, [..., 3 + phones].
+        words: as `describe_words` gives them, [..., FACTS].
 
     Returns:
         [..., 2]: the logarithms of a word's units, in those that are usual, and of 1 + those of the pause.
     """
-    units, usual, pause = words[..., :3].float().unbind(dim=-1)
+    units, usual, pause = WordFacts.of(words).numbers.unbind(dim=-1)
     return torch.stack([units.clamp(min=1).log() - usual.clamp(min=1).log(), pause.log1p()], dim=-1)
 
 
@@ -213,9 +246,8 @@ class WordSounds(nn.Module):
     """How each word of a recording sounds, in one vector: what an aggregator can be asked to hear.
 
     That is where it differs from what its text leads to expect: how slowly it is spoken, for how long one pauses after
-    it, and by which phones it differs from how its text is read. Which units it holds would be worth more, were it
-    known exactly; the mean of Whisper's states over a word does not tell between units that are alike, and only between
-    those a language model hesitates that has read the text and knows the phones.
+    it, and by which phones it differs from how its text is read. And it is which units it holds, by their codes:
+    between units that are alike a language model hesitates that has read the text and knows the phones.
 
     Args:
         width: of the vectors that it makes.
@@ -223,8 +255,10 @@ class WordSounds(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mapping = nn.Linear(_PACES[2] + _PAUSES[2] + len(PHONES), width)
+        self.mapping = nn.Linear(_PACES[2] + _PAUSES[2] + CODE_WIDTH + len(PHONES), width)
         nn.init.normal_(self.mapping.weight, std=_LOUD)
+        with torch.no_grad():
+            self.mapping.weight[:, -CODE_WIDTH - len(PHONES) :] *= _CODE_GAIN / _LOUD
         self.speak_of_phones(torch.zeros(width, len(PHONES)))
 
     @torch.no_grad()
@@ -240,18 +274,19 @@ class WordSounds(nn.Module):
         """Make the vectors; in training from something a little different.
 
         Args:
-            words: as `describe_words` gives them, [B, T, 3 + phones].
+            words: as `describe_words` gives them, [B, T, FACTS].
 
         Returns:
             [B, T, width]; 0 for words that are not heard.
         """
-        paces, changes = log_paces(words), words[..., -len(PHONES) :]
+        paces, (_, changes, codes) = log_paces(words), WordFacts.of(words)
         if self.training:
             size = torch.rand(len(words), 1, 1, device=words.device)
             paces = paces + LENGTH_NOISE * size * torch.randn_like(paces)
             changes = changes + CHANGE_NOISE * size * torch.randn_like(changes)
+            codes = codes + CODE_NOISE * size * torch.randn_like(codes)
         slow, pause = paces.split(1, dim=2)
-        told = torch.cat([_curves(slow, *_PACES), _curves(pause, *_PAUSES), changes], dim=2)
+        told = torch.cat([_curves(slow, *_PACES), _curves(pause, *_PAUSES), codes, changes], dim=2)
         return self.mapping(told) * (words[..., :1] > 0)
 
 
@@ -295,6 +330,16 @@ def _read(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits.float().flatten(0, 1), classes.flatten(), ignore_index=_NOBODY)
     asked = classes != _NOBODY
     return loss, ((logits.argmax(dim=-1) == classes) & asked).sum() / asked.sum()
+
+
+def _lost(found: Tensor, codes: Tensor, owners: Tensor) -> Tensor:
+    """Share of the variance of the codes [B, T, CODE_WIDTH] of the words of `owners` [B, L] that is not in `found`."""
+    asked = (owners != _NOBODY)[:, :, None]
+    wanted = codes.gather(1, owners.clamp(min=0)[:, :, None].expand(-1, -1, CODE_WIDTH))
+    count = asked.sum().clamp(min=1)
+    mean = (wanted * asked).sum(dim=(0, 1)) / count
+    variance = ((wanted - mean).square() * asked).sum()
+    return ((found.float() - wanted).square() * asked).sum() / variance.clamp(min=1.0)
 
 
 def _by_position(batch: Mapping[str, Tensor], length: int) -> tuple[Tensor, ...]:

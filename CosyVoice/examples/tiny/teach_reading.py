@@ -13,9 +13,9 @@ speech and end with the training: some attention heads are shown the token that 
 arXiv 1710.08969), and linear layers must tell, from hidden states, the phone of the next unit and the phone that comes
 after the one being spoken. Without them the model learns which unit follows which, and finds its place in the text
 late or never. Some units are hidden from it, so that it has to go by the text where it speaks freely. In some rows it
-is told how slowly each word is spoken, where pauses are, and which phones a word has that its text does not say, where
-TASTE will tell it what a recording holds; `word_sounds.pt` says how, and train_taste.py teaches an aggregator to hear
-it. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped, saved.
+is told how slowly each word is spoken, where pauses are, which phones a word has that its text does not say, and which
+units it holds, where TASTE will tell it what a recording holds; `word_sounds.pt` says how, and train_taste.py teaches
+an aggregator to hear it. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped, saved.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from flite_speech import find_flite  # noqa: E402
 from packed_features import PackedRows, cut_batches  # noqa: E402
 from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words  # noqa: E402
 from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from unit_codes import unit_codes  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
@@ -70,6 +71,7 @@ GUIDE_EVERY = 4  # steps between two of it
 PHONE_WEIGHT = 0.3  # of the lesson for the phone
 COMING_WEIGHT = 0.5  # of the lesson for the phone that comes next
 LASTING_WEIGHT = 0.5  # of the lesson for how long the word has lasted, and will last
+SOUNDING_WEIGHT = 0.5  # of the lesson for what it was told of the word's units
 TELL_ROWS = 0.5  # share of a batch's rows in which the language model is told how the words sound
 HIDE_ROWS = 0.5  # share of a batch's rows in which some units are hidden
 HIDE_UNITS = 0.15  # share of the units that are hidden in these
@@ -87,9 +89,10 @@ _EXTRA_POSITIONS = 4  # beside text and units: sos, speaker, task, and the end
 _ADAM_BETAS = (0.9, 0.98)
 _DECIDES_TRAINING = (
     *("splits", "batch_positions", "lr", "lesson_lr", "weight_decay", "grad_clip", "guide_weight", "guide_every"),
-    *("phone_weight", "coming_weight", "lasting_weight", "tell_rows", "hide_rows", "hide_units", "dtype", "seed"),
+    *("phone_weight", "coming_weight", "lasting_weight", "sounding_weight", "tell_rows", "hide_rows"),
+    *("hide_units", "dtype", "seed"),
 )
-_OTHER_VALUES = ("loss_with_wrong_text", "loss_with_sounds", "lasting_acc_with_sounds")
+_OTHER_VALUES = ("loss_with_wrong_text", "loss_with_sounds", "lasting_acc_with_sounds", "sounding_with_sounds")
 
 
 class Aligned(NamedTuple):
@@ -314,10 +317,12 @@ class AlignedSet:
         }
 
     def describe(self) -> dict[str, Tensor]:
-        """What is told of the words of each utterance, see `describe_words`, [T, 3 + phones], float16."""
-        words = {}
-        for number, utt_id in enumerate(self.utt_ids):
-            words[utt_id] = describe_words(self.batch([number]))[0].half().cpu()
+        """What is told of the words of each utterance, see `describe_words`, [T, FACTS], float16."""
+        words, codes = {}, unit_codes().to(self.device)
+        for chosen in cut_batches(self.positions, _MEASURED_POSITIONS):
+            described = describe_words(self.batch(chosen), codes).half().cpu()
+            for number, row in zip(chosen, described, strict=True):
+                words[self.utt_ids[number]] = row[: self.text.lengths[number]].clone()
         return words
 
     def _there(self, numbers: Sequence[int]) -> Tensor:
@@ -392,7 +397,7 @@ class Teaching(LongTraining):
             found = self.lessons(batch, kept, told, guide=self.step % settings.guide_every == 0)
         loss = found.loss + settings.guide_weight * found.guide
         loss = loss + settings.phone_weight * found.phone + settings.coming_weight * found.coming
-        loss = loss + settings.lasting_weight * found.lasting
+        loss = loss + settings.lasting_weight * found.lasting + settings.sounding_weight * found.sounding
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
@@ -447,7 +452,10 @@ class Teaching(LongTraining):
             everyone = torch.ones(len(chosen), dtype=torch.bool, device=items.device)
             sums += count * np.array(torch.stack([*self.lessons(batch)]).tolist())
             found = self.lessons(strangers, lessons=False), self.lessons(batch, told=everyone, guide=False)
-            others += count * np.array([*(float(one.loss) for one in found), float(found[1].lasting_acc)])
+            told = found[1]
+            others += count * np.array(
+                [*(float(one.loss) for one in found), float(told.lasting_acc), float(told.sounding)]
+            )
             targets += count
         loss, *lessons = (sums / targets).tolist()
         values = {"loss": loss} | dict(zip(_OTHER_VALUES, (others / targets).tolist(), strict=True))

@@ -272,7 +272,7 @@ def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: 
             wanted = (
                 from_words(chosen, words) if settings.sounds else from_alignment(chosen, list(spans.values()), by_word)
             )
-            notes |= teach(model, chosen, wanted, steps=settings.lesson_steps, **how)._asdict()
+            notes |= teach(model, chosen, wanted, steps=settings.lesson_steps, **how)
         if variant == "simple":
             model.speech_norm.weight.data.fill_(settings.audio_gain)
         if settings.sounds:
