@@ -178,11 +178,11 @@ def read_corpora(settings: Settings) -> tuple[Corpus, Corpus, list[int], Tensor]
     lexicon = pronounce_texts((spoken.text for spoken in (*learned, *measured)), find_flite())
     vocabulary = sorted({token for spoken in learned for token in tokenize(tokenizer, spoken.text).tokens})
     occurring = torch.cat(units).unique()
+    classes = unit_classes(occurring)
     corpora = []
     for split, rows in ((learned, units), (measured, read_units(corpus / settings.dev, measured))):
-        rows = [unit_classes(row, occurring) for row in rows]
-        spoken = _Prepared(split, rows, tokenizer, vocabulary, lexicon)
-        corpora.append(Corpus(prepare_all(spoken, settings.num_workers), split))
+        utterances = _Prepared(split, [classes[row] for row in rows], tokenizer, vocabulary, lexicon)
+        corpora.append(Corpus(prepare_all(utterances, settings.num_workers), split))
     return *corpora, vocabulary, occurring
 
 
@@ -201,11 +201,11 @@ def read_units(folder: Path, split: Sequence[Spoken]) -> list[Tensor]:
     return [torch.as_tensor(table[spoken.utt_id], dtype=torch.int64) for spoken in split]
 
 
-def unit_classes(units: Tensor, occurring: Tensor) -> Tensor:
-    """The place of each unit among those that occur in training, [S] int64; IGNORED where it is none of them."""
-    class_of = torch.full((len(unit_codes()),), IGNORED)
-    class_of[occurring] = torch.arange(len(occurring))
-    return class_of[units]
+def unit_classes(occurring: Tensor) -> Tensor:
+    """The class of each S3 unit, [4096] int64: its place among those that occur in training; IGNORED for the others."""
+    classes = torch.full((len(unit_codes()),), IGNORED)
+    classes[occurring] = torch.arange(len(occurring))
+    return classes
 
 
 class _Prepared(Dataset):
