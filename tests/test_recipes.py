@@ -561,7 +561,7 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(
     )
     (tmp_path / "real.jsonl").touch()
     words = ("--device", "cpu", "--tokenizer-epochs", "2", "--open-epochs", "1", "--speaker-epochs", "1", "--jobs", "1")
-    words += ("--whisper-epochs", "1", "--evaluated", "2", "--max-epoch", "2", "--max-steps", "3")
+    words += ("--evaluated", "2", "--max-epoch", "2", "--max-steps", "3")
     words += ("--lively-hours", lively_hours)
     manifest = ("--real-manifest", tmp_path / "real.jsonl")
     calls = words_of_recipe(TINY / "run.sh", tmp_path, outputs, *words, *manifest)

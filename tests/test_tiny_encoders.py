@@ -14,6 +14,7 @@ import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
+from s3tokenizer.model import ModelConfig, S3Tokenizer
 
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.onnx_session import OnnxSession
@@ -29,9 +30,14 @@ sys.path.insert(0, str(TINY_EXAMPLE))
 
 import train_speaker_encoder  # noqa: E402
 import train_whisper  # noqa: E402
+import whisper_batches  # noqa: E402
+import whisper_start  # noqa: E402
 from corpus_reader import read_split  # noqa: E402
+from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
+from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
+from whisper_batches import Batch, Example  # noqa: E402
 from whisper_training import IGNORED, FrameTeacher, States, encode  # noqa: E402
 from word_times import Span, align, pronounce, share_out, token_spans  # noqa: E402
 
@@ -65,6 +71,7 @@ def write_corpus(work_dir: Path) -> Path:
             lines["phones"].append(f"{utt_id} pau:0.100 dh:0.200 ax:0.300 k:0.450 ae:0.700 t:0.900 pau:1.000")
         for name, content in lines.items():
             (folder / name).write_text("\n".join(content) + "\n")
+        torch.save({line.split()[0]: [7, 4, 9, 4, 4] * 10 for line in lines["text"]}, folder / "utt2speech_token.pt")
     return work_dir
 
 
@@ -145,7 +152,7 @@ def test_stopped_speaker_training_goes_on_to_the_same_weights(
     assert train_speaker_encoder.main([*arguments, str(straight)]) == 0
 
     run = train_speaker_encoder.run
-    asked = iter([False, False, False, True])  # in the middle of the second epoch
+    asked = iter([False, False, False, True])  # in the second epoch, which has two batches
     monkeypatch.setattr(train_speaker_encoder, "run", lambda settings, stop: run(settings, lambda: next(asked)))
     monkeypatch.setattr(StopRequest, "exit_code", 130)
     assert train_speaker_encoder.main([*arguments, str(stopped)]) == 130
@@ -194,7 +201,7 @@ def test_flite_says_the_phones_of_single_words() -> None:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> list[train_whisper.Example]:
+def prepared(tmp_path: Path) -> list[Example]:
     write_corpus(tmp_path)
 
     class Letters:
@@ -211,30 +218,32 @@ def prepared(tmp_path: Path) -> list[train_whisper.Example]:
     tokenizer = Letters()
     tokenizer.encoding = tokenizer
     spoken = read_split(tmp_path / "corpus", "dev")
-    return [train_whisper.prepare(item, tokenizer, [7, 9], LEXICON) for item in spoken]
+    units = train_whisper.unit_classes(torch.tensor([4, 6]))[[4, 8, 6] * 16]
+    return [train_whisper.prepare(item, units, tokenizer, [7, 9], LEXICON) for item in spoken]
 
 
-def test_frames_are_labelled_with_what_is_spoken_there(prepared: list[train_whisper.Example]) -> None:
+def test_frames_are_labelled_with_what_is_spoken_there(prepared: list[Example]) -> None:
     example = prepared[0]
     assert example.tokens.tolist() == [0] * 5 + [1] * 10 + [2] * 30 + [IGNORED] * 5  # "." is no class here
     assert len(example.phones) == 50
+    assert example.units.tolist() == [0, IGNORED, 1] * 16 + [IGNORED] * 2  # 8 is none; two frames have no unit
     frames = [1.5, 5.5, 6, 1.5, 10.5, 11]  # of "dh" and of "The"
     assert example.timing[5].exp().tolist() == pytest.approx(frames)
 
 
-def test_training_mel_is_that_of_the_whole_window(prepared: list[train_whisper.Example], tmp_path: Path) -> None:
-    mels, tokens, phones, _ = train_whisper.collate([[prepared[0]], [prepared[1], prepared[0]]])
-    for row, path in ((0, sorted((tmp_path / "corpus").glob("dev-*.flac"))[0]),):
-        waveform = read_audio(path, RATE_HZ).waveform
-        whole = whisper_log_mel(F.pad(waveform, (0, 30 * RATE_HZ - len(waveform))), 128)
-        torch.testing.assert_close(mels[row], whole[:, : mels.shape[2]], atol=2e-3, rtol=0)  # float16 in memory
-    assert (tokens[0, 50:] == IGNORED).all() and (phones[0, 50:] == IGNORED).all()
-    assert phones[1, 50:100].tolist() == phones[0, :50].tolist()
+def test_training_mel_is_that_of_the_whole_window(prepared: list[Example], tmp_path: Path) -> None:
+    batch = whisper_batches.collate([[prepared[0]], [prepared[1], prepared[0]]])
+    waveform = read_audio(sorted((tmp_path / "corpus").glob("dev-*.flac"))[0], RATE_HZ).waveform
+    whole = whisper_log_mel(F.pad(waveform, (0, 30 * RATE_HZ - len(waveform))), 128)
+    torch.testing.assert_close(batch.mels[0].float(), whole[:, : batch.mels.shape[2]], atol=2e-3, rtol=0)  # float16
+    for labels in (batch.tokens, batch.phones, batch.units):
+        assert (labels[0, 50:] == IGNORED).all()
+        assert labels[1, 50:100].tolist() == labels[0, :50].tolist()
 
 
 def test_with_all_silence_drawn_the_encoder_is_transformers_own() -> None:
     torch.manual_seed(0)
-    encoder = train_whisper.build_whisper().model.encoder.eval()
+    encoder = whisper_start.build_whisper().model.encoder.eval()
     for layer in encoder.layers:
         layer.self_attn.k_proj.weight.data *= 4.0  # so that attention prefers some frames
     mels = torch.full((2, 128, 3000), -0.7)
@@ -253,45 +262,138 @@ def test_with_all_silence_drawn_the_encoder_is_transformers_own() -> None:
     assert distance[0] < 0.3 * distance[1]  # some of the silence stands for all of it
 
 
+def write_tokenizer(path: Path, width: int = 128, blocks: int = 2) -> Path:
+    """An S3 tokenizer whose states depend on everything."""
+    torch.manual_seed(3)
+    sizes = ModelConfig(n_audio_state=width, n_audio_head=width // 64, n_audio_layer=blocks)
+    model = S3Tokenizer("speech_tokenizer_v1", sizes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.2))
+    onnx.save(build_speech_tokenizer(model.state_dict(), num_heads=width // 64), path)
+    return path
+
+
+def test_the_encoder_begins_with_the_states_of_the_tokenizer(tmp_path: Path) -> None:
+    path = write_tokenizer(tmp_path / "speech_tokenizer_v1.onnx")
+    tokenizer = S3Tokenizer("speech_tokenizer_v1", ModelConfig(n_audio_state=128, n_audio_head=2, n_audio_layer=2))
+    tokenizer.init_from_onnx(str(path))
+    encoder = whisper_start.begin_as_tokenizer(path).model.encoder
+    mels = torch.randn(1, 128, 2 * (50 + 4))
+    with torch.inference_mode():
+        expected, _ = tokenizer.eval().encoder(mels, torch.tensor([108]))
+        second, middle = (encode(encoder, mels, block, 0, None).mid for block in (2, 6))
+    torch.testing.assert_close(second[:, :40], expected[:, :40], atol=0.3, rtol=0)  # which sees four frames more
+    assert torch.equal(middle, second)  # up to the middle block nothing is added
+    assert len(encoder.layers[0].fc1.weight[512:].unique()) > 1000  # what is new listens
+    frozen = {name for name, weight in encoder.named_parameters() if not weight.requires_grad}
+    assert frozen == {"embed_positions.weight"}
+    for other in ({"width": 64}, {"blocks": 7}):
+        with pytest.raises(ValueError, match="expected a tokenizer of width 128 with at most 6 blocks"):
+            whisper_start.begin_as_tokenizer(write_tokenizer(path, **other))
+    with pytest.raises(FileNotFoundError, match="run stage 1"):
+        whisper_start.begin_as_tokenizer(tmp_path / "other.onnx")
+
+
+def test_an_earlier_model_with_narrower_layers_is_gone_on_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whisper_start, "_HIDDEN", 512)
+        earlier = whisper_start.build_whisper(heads=4)
+        earlier.save_pretrained(tmp_path / "narrow")
+        patch.setattr(whisper_start, "WIDTH", 64)
+        whisper_start.build_whisper().save_pretrained(tmp_path / "thin")
+    whisper, teacher = whisper_start.begin_as_earlier(tmp_path / "narrow")
+    assert teacher is None and whisper.config.encoder_attention_heads == 4
+    assert whisper.model.encoder.layers[0].fc1.weight.shape == (768, 128)
+    mels = torch.randn(1, 128, 108)
+    with torch.no_grad():
+        first, second = (encode(model.model.encoder, mels, 6, 0, None) for model in (earlier, whisper))
+    torch.testing.assert_close(second.mid, first.mid)
+    torch.testing.assert_close(second.final, first.final)
+    with pytest.raises(ValueError, match="expected 8 blocks of width 128"):
+        whisper_start.begin_as_earlier(tmp_path / "thin")
+
+
 def test_every_utterance_stands_in_one_row_of_a_batch_that_is_not_too_large() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(50, 300) for _ in range(200)]
-    batches = train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(1))
+    batches = whisper_batches.plan_batches(lengths, 2_000, 0.3, random.Random(1))
     assert sorted(i for batch in batches for row in batch for i in row) == list(range(200))
     assert any(len(row) > 1 for batch in batches for row in batch)
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(sum(lengths[i] for i in row) for row in batch) <= 2_000
-    assert batches == train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(1))
-    assert batches != train_whisper.plan_batches(lengths, 2_000, 0.3, random.Random(2))
+    assert batches == whisper_batches.plan_batches(lengths, 2_000, 0.3, random.Random(1))
+    assert batches != whisper_batches.plan_batches(lengths, 2_000, 0.3, random.Random(2))
 
 
-def test_disturbed_rows_keep_digital_silence_behind_them(prepared: list[train_whisper.Example]) -> None:
-    mels, _, phones, _ = train_whisper.collate([[prepared[0]], [prepared[1], prepared[0]]])
-    lengths = (phones != IGNORED).sum(dim=1)
+def test_disturbed_rows_keep_digital_silence_behind_them(prepared: list[Example]) -> None:
+    batch = whisper_batches.collate([[prepared[0]], [prepared[1], prepared[0]]])
+    mels, lengths = batch.mels.float(), (batch.phones != IGNORED).sum(dim=1)
     for seed in range(5):
-        disturbed = train_whisper.disturb(mels, lengths, 0.5, torch.Generator().manual_seed(seed))
-        for row, length in zip(disturbed, (2 * lengths + 4).tolist(), strict=True):
+        disturbed = whisper_batches.disturb(mels.clone(), lengths, 0.0, torch.Generator().manual_seed(seed))
+        for row, clean, length in zip(disturbed, mels, (2 * lengths + 4).tolist(), strict=True):
             assert row[:, length:].unique().numel() == 1
             assert row[0, -1] == pytest.approx(max(row.max().item() - 2.0, -1.5), abs=0.3)  # masks may hide the loudest
             assert row.min() == row[0, -1]
-    assert not torch.equal(disturbed, mels)
+            assert not torch.equal(row, clean)
+    kept = whisper_batches.disturb(mels.clone(), lengths, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(kept, mels)
+
+
+def test_batches_depend_on_their_place_only(prepared: list[Example]) -> None:
+    def batches(first: tuple[int, int], workers: int) -> list[Batch]:
+        plan = [[[0], [1]], [[1, 0]], [[1], [0]]]
+        made = whisper_batches.open_batches(prepared, lambda epoch: plan, first, 0.0, 0, workers, pinned=False)
+        return [next(made) for _ in range(5 - 3 * first[0] - first[1])]
+
+    straight = batches((0, 0), 0)
+    assert not torch.equal(straight[0].mels, straight[3].mels)  # the next epoch
+    for others in (batches((0, 0), 2), batches((0, 2), 0)):
+        for own, other in zip(reversed(straight), reversed(others), strict=False):
+            assert all(torch.equal(*parts) for parts in zip(own, other, strict=True))
 
 
 def test_teacher_knows_a_token_by_its_embedding() -> None:
     torch.manual_seed(0)
     embeddings = torch.randn(20, 16)
-    teacher = FrameTeacher(16, embeddings, phones=3, prosody=2)
+    teacher = FrameTeacher(16, embeddings, phones=3, prosody=2, units=torch.arange(5))
     with torch.no_grad():
         teacher.to_text.weight.copy_(torch.eye(16))
         teacher.to_text.bias.zero_()
     tokens = torch.arange(1, 21)[None]
     phones = torch.zeros(1, 20, dtype=torch.long)
-    phones[0, 15:] = IGNORED
-    states = States(torch.zeros(1, 20, 16), 5.0 * embeddings[None])
-    losses = teacher(states, tokens, phones, torch.zeros(1, 20, 2))
+    units = torch.arange(20)[None] % 5
+    for labels in (tokens, phones, units):
+        labels[0, 15:] = IGNORED
+    states = States(torch.randn(1, 20, 16), 5.0 * embeddings[None])
+    prosody = torch.randn(1, 20, 2)
+    losses = teacher(states, tokens, phones, units, prosody)
     assert losses.text_accuracy == 1.0
-    states.final[0, 15:] = 0.0  # behind the recording's end
-    assert teacher(states, tokens, phones, torch.zeros(1, 20, 2)).text == losses.text
+    mid, final = states.mid[:, :15], states.final[:, :15]
+    labels = (labels[:, :15] for labels in (tokens, phones, units, prosody))
+    torch.testing.assert_close(teacher(States(mid, final), *labels), losses)  # nothing counts behind a recording's end
+
+
+def test_teacher_asks_for_units_and_their_codes() -> None:
+    torch.manual_seed(0)
+    occurring = torch.arange(30) * 100
+    teacher = FrameTeacher(CODE_WIDTH, torch.randn(4, 16), phones=3, prosody=2, units=occurring)
+    codes = unit_codes()[occurring]
+    with torch.no_grad():
+        for head, weight in ((teacher.code_head, torch.eye(CODE_WIDTH)), (teacher.unit_head, codes)):
+            head.weight.copy_(weight)
+            head.bias.zero_()
+    units = torch.arange(30)[None]
+    mid = codes[units]
+    units[0, 3] = IGNORED
+    nothing = torch.zeros(1, 30, dtype=torch.long)
+    final, prosody = torch.randn(1, 30, CODE_WIDTH), torch.zeros(1, 30, 2)
+    losses = teacher(States(mid, final), nothing, nothing, units, prosody)
+    assert losses.unit_accuracy == 1.0 and losses.code == 0
+    losses = teacher(States(mid.roll(1, dims=1), final), nothing, nothing, units, prosody)
+    assert losses.unit_accuracy == 0.0
+    assert losses.code.item() == pytest.approx(2.0, rel=0.2)  # two that know nothing of each other
 
 
 def test_stopped_whisper_training_goes_on_to_the_same_weights(
@@ -299,12 +401,23 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
 ) -> None:
     monkeypatch.setattr(train_whisper, "find_flite", lambda: "no flite")
     monkeypatch.setattr(train_whisper, "pronounce_texts", lambda texts, flite: LEXICON)
-    arguments = ["--epochs", "2", "--frames-per-batch", "160", "--joined-share", "0", "--splits", "train", "--work-dir"]
+    arguments = [
+        "--steps",
+        "4",
+        "--frames-per-batch",
+        "160",
+        "--joined-share",
+        "0",
+        "--splits",
+        "train",
+        "--s3-tokenizer",
+    ]
+    arguments += [str(write_tokenizer(tmp_path / "speech_tokenizer_v1.onnx")), "--device", "cpu", "--work-dir"]
     straight, stopped = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b")
     assert train_whisper.main([*arguments, str(straight)]) == 0
 
     run = train_whisper.run
-    asked = iter([False, False, False, True])  # in the middle of the second epoch
+    asked = iter([False, False, False, True])  # in the second epoch, which has two batches
     with monkeypatch.context() as patch:
         patch.setattr(train_whisper, "run", lambda settings, stop: run(settings, lambda: next(asked)))
         patch.setattr(StopRequest, "exit_code", 130)
@@ -314,12 +427,12 @@ def test_stopped_whisper_training_goes_on_to_the_same_weights(
     files = [folder / "whisper" / "model.safetensors" for folder in (straight, stopped)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
-    assert files[0].stat().st_size < 4_500_000
+    assert files[0].stat().st_size < 5_600_000
     assert stat.S_IMODE(files[0].stat().st_mode) == 0o644
     (features,) = WhisperEncoder(straight / "whisper", mid_layer=6).encode([torch.zeros(RATE_HZ)])
     assert features.mid.shape == features.final.shape == (50, 128)
     metrics = json.loads((straight / "whisper" / "metrics.json").read_text())
-    assert {"phone_accuracy", "text_accuracy", "looks_right", "consistency"} <= set(metrics)
+    assert {"phone_accuracy", "text_accuracy", "unit_accuracy", "code_r2", "looks_right", "consistency"} <= set(metrics)
 
     start = ["--start-from", str(straight / "whisper" / "last.pt"), "--lr", "0"]
     assert train_whisper.main([*arguments, str(write_corpus(tmp_path / "c")), *start]) == 0

@@ -41,20 +41,20 @@ TEST_SIZE="${TEST_SIZE:-200}"                  # utterances in test
 TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-}"       # passes over the corpus, S3 tokenizer; empty takes the script's number
 OPEN_EPOCHS="${OPEN_EPOCHS:-}"                 # of them, at the start, without the quantizer
 SPEAKER_EPOCHS="${SPEAKER_EPOCHS:-}"           # the same, speaker encoder
-WHISPER_EPOCHS="${WHISPER_EPOCHS:-}"           # the same, Whisper encoder
 MINUTES_LLM="${MINUTES_LLM:-50}"               # of training the language model, all runs together
 MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
 MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
-BATCH_FACTOR="${BATCH_FACTOR:-1}"              # times the configuration's batches in stage 6; 4 on a GPU
+MINUTES_WHISPER="${MINUTES_WHISPER:-}"         # the same, Whisper encoder; empty takes the script's number of steps
+BATCH_FACTOR="${BATCH_FACTOR:-1}"              # times the usual batches in stages 6 and 7; 4 on a GPU
 CHECK_EVERY="${CHECK_EVERY:-1}"                # epochs between two cross-validations of flow, vocoder; 8 on a GPU
 MAX_EPOCH="${MAX_EPOCH:-}"                     # passes of flow, vocoder; empty takes the configuration's
-MAX_STEPS="${MAX_STEPS:-}"                     # so many steps in stage 6, whatever the minutes; empty sets no limit
+MAX_STEPS="${MAX_STEPS:-}"                     # so many steps in stages 6 and 7, whatever the minutes; empty sets no limit
 EVALUATED="${EVALUATED:-}"                     # test utterances measured in stage 9; empty takes all
 REAL_MANIFEST="${REAL_MANIFEST:-}"             # .jsonl of recordings of people, measured in stage 9 too
 AVERAGE_NUM="${AVERAGE_NUM:-5}"                # epochs with the lowest loss, whose weights are averaged
 DTYPE="${DTYPE:-fp32}"                         # of training flow and vocoder in stage 6: fp32, bf16, fp16
 DTYPE_LLM="${DTYPE_LLM:-auto}"                 # of training the language model: float32, bfloat16; auto: what is fast
-DEVICE="${DEVICE:-auto}"                       # of stages 1, 4 and 6: auto, cpu, cuda
+DEVICE="${DEVICE:-auto}"                       # of stages 1, 4, 6 and 7: auto, cpu, cuda
 NUM_THREADS="${NUM_THREADS:-}"                 # CPU threads in all; empty takes every core
 JOBS="${JOBS:-2}"                              # trainings at the same time in stage 6
 PYTHON="${PYTHON:-}"                           # interpreter; empty takes the repository's .venv, else python3
@@ -199,14 +199,20 @@ train_model() {
 
 train_whisper() {
     local split
-    for split in "${WHISPER_SPLITS[@]}" dev; do needs 0 "$CORPUS/$split"/{wav.scp,text,phones}; done
+    for split in "${WHISPER_SPLITS[@]}" dev; do
+        needs 0 "$CORPUS/$split"/{wav.scp,text,phones}
+        needs 4 "$CORPUS/$split/utt2speech_token.pt"
+    done
+    needs 1 "$S3_TOKENIZER"
     needs 6 "$EXP/llm/llm.pt"
     gives "$WORK_DIR/whisper/model.safetensors"
     clears "$WORK_DIR/whisper"
     FLAGS=()
-    flag --epochs "$WHISPER_EPOCHS"
-    how --threads "$NUM_THREADS"
+    flag --minutes "$MINUTES_WHISPER"
+    [[ -z "$MAX_STEPS" ]] || FLAGS=(--steps "$MAX_STEPS")
+    how --threads "$NUM_THREADS" --device "$DEVICE"
     step stage7 "$PYTHON" "$HERE/train_whisper.py" --work-dir "$WORK_DIR" --text-embedding "$EXP/llm/llm.pt" \
+        --frames-per-batch $((2500 * BATCH_FACTOR)) \
         --splits "$(IFS=, && echo "${WHISPER_SPLITS[*]}")" "${FLAGS[@]}"
 }
 

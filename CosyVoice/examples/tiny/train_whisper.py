@@ -1,26 +1,28 @@
 """Train a small Whisper encoder on the synthesised corpus, to say frame by frame what is spoken.
 
-In: splits of `<work-dir>/corpus`, and the text embeddings of the language model that the encoder will serve. Out, in
-`<work-dir>/whisper/`: config.json, generation_config.json, preprocessor_config.json and model.safetensors (float16) in
-transformers' format, metrics.json, settings.json, and last.pt, from which a run that was stopped goes on; .done when
-all is there. Needs flite, for the phones of single words.
+In: splits of `<work-dir>/corpus` with utt2speech_token.pt, the S3 tokenizer that made these units, and the text
+embeddings of the language model that the encoder will serve. Out, in `<work-dir>/whisper/`: config.json,
+generation_config.json, preprocessor_config.json and model.safetensors (float16) in transformers' format, metrics.json,
+settings.json, and last.pt, from which a run that was stopped goes on; .done when all is there. Needs flite, for the
+phones of single words.
 
     python CosyVoice/examples/tiny/train_whisper.py --text-embedding CosyVoice/examples/tiny/work/exp/llm/init.pt
-    python CosyVoice/examples/tiny/train_whisper.py --work-dir /tmp/work --epochs 1                        (a look)
+    python CosyVoice/examples/tiny/train_whisper.py --minutes 8 --frames-per-batch 20000 --num-workers 12       (a GPU)
+    python CosyVoice/examples/tiny/train_whisper.py --work-dir /tmp/work --steps 100                            (a look)
 
-The last states learn to name the token that is being spoken, those of block 6 the phone, its timing and its spectrum.
-The decoder is never trained, nor used by this project. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped by
-Ctrl-C or SIGTERM, saved.
+The encoder begins with the S3 tokenizer's, which is a Whisper encoder of fewer blocks. Its last states learn to name
+the token that is being spoken, those of block 6 the phone, its timing and spectrum, and the S3 unit. The decoder is
+never trained, nor used by this project. Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped by Ctrl-C or
+SIGTERM, saved.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,72 +30,76 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from corpus_reader import PHONES, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
-from resumable import learning_rate, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
+from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
+from unit_codes import unit_codes  # noqa: E402
+from whisper_batches import BANDS, TIMES, Batch, Example, collate, open_batches, plan_batches  # noqa: E402
+from whisper_start import (  # noqa: E402
+    MEL_BINS,
+    MID_LAYER,
+    WIDTH,
+    begin_as_earlier,
+    begin_as_tokenizer,
+    take_teacher,
+)
 from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
+from cosyvoice.utils.model_dir import read_torch_file  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.checkpoint import write_json  # noqa: E402
 from taste.provenance import digest, file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
+from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 from taste.text import tokenize  # noqa: E402
 from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder  # noqa: E402
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows
-START_FROM = None  # str: where to start: last.pt of an earlier training, or a folder with a Whisper of this size
+S3_TOKENIZER = None  # str: where to start; none: <work-dir>/s3_tokenizer/speech_tokenizer_v1.onnx
+START_FROM = None  # str: start there instead: last.pt of an earlier training, or a folder with a Whisper of this width
 SPLITS = ("train", "lively")  # of the corpus, to learn from
 DEV = "dev"  # the split that is measured
-EPOCHS = 15  # passes over the training splits
-FRAMES_PER_BATCH = 2_500  # 20 ms each
+STEPS = 4_500  # of the optimizer; they set the schedule where MINUTES does not
+MINUTES = None  # float: train by the clock instead, all runs together; the schedule follows it
+FRAMES_PER_BATCH = 2_500  # 20 ms each; 20,000 on a GPU
 JOINED_SHARE = 0.15  # of the rows that are several utterances one after another, so that late positions are met
 LR = 1.5e-3  # peak learning rate of AdamW; it rises over the first tenth and falls along a cosine
 WEIGHT_DECAY = 0.02  # AdamW's
 GRAD_CLIP = 1.0  # largest norm of the gradient
 PROSODY_WEIGHT = 4.0  # of the squared error of timing and spectrum
+UNIT_WEIGHT = 0.5  # of the cross-entropy of the S3 unit
+CODE_WEIGHT = 2.0  # of the squared error of the unit's code
 SAMPLED_FRAMES = 16  # of the silence behind a recording, in place of all of it
-CLEAN_SHARE = 0.5  # of the rows that get no noise
+CLEAN_SHARE = 0.5  # of the rows that are heard as they are
 DTYPE = "bfloat16"  # of the matrix products: float32, bfloat16; auto: bfloat16 on a CPU with AMX
-MEASURED_UTTERANCES = 100  # of DEV, measured at the end with the whole window
+CHECK_EVERY = 1_000  # steps between two evaluations on DEV
+SAVE_MINUTES = 5.0  # between two saves
+MEASURED_UTTERANCES = 100  # of DEV
 SEED = 0  # of everything random
 THREADS = 1  # of the CPU
+NUM_WORKERS = 0  # processes that prepare the recordings and their batches; 12 beside a GPU
+DEVICE = "auto"  # auto, cpu, cuda
 
-_WIDTH, _HEADS, _LAYERS, _MID_LAYER = 128, 4, 8, 6
-_POSITIONS = 1_500  # 30 s
-_INITIAL_STD = 0.05
-_MEL_BINS = 128
+_TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 _SAMPLE_RATE_HZ = 16_000
-_MEL_PER_FRAME = 2
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
-_DYNAMIC_RANGE = 2.0  # of a log-mel: 8 decades, divided by 4
-_QUIETEST = -1.5  # log-mel of 1e-10
-_TIMES = 6  # see `time_frames`
-_BANDS = 16  # the log-mel's 128 bins, eight at a time
-_MOST_JOINED_FRAMES = 1_200
+_SAY_EVERY = 100  # steps
+_MEASURED_FRAMES = 10_000  # of a batch of DEV
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
 _DECIDES_TRAINING = (
-    *("splits", "epochs", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
-    *("sampled_frames", "clean_share", "dtype", "seed"),
+    *("splits", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
+    *("unit_weight", "code_weight", "sampled_frames", "clean_share", "dtype", "seed"),
 )
-
-
-class Example(NamedTuple):
-    """An utterance as the network sees it."""
-
-    mel: Tensor  # log-mel [128, 2 A + 4], float16, with what the recording's end leaves in the silence behind it
-    tokens: Tensor  # class of each frame, [A] int64; 0 is silence, IGNORED where nobody knows
-    phones: Tensor  # [A] int64
-    timing: Tensor  # [A, 6] float32, see `time_frames`
-    token_spans: list[tuple[int, Span]]  # the text's tokens that are classes, and when they are heard
 
 
 class Corpus(NamedTuple):
@@ -114,7 +120,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
 
     Args:
         settings: the script's constants.
-        stop_requested: asked after each step.
+        stop_requested: asked before each step.
 
     Returns:
         False where it was asked to stop.
@@ -122,41 +128,116 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     Raises:
         OSError, ValueError: the message is for the person at the keyboard.
     """
-    dtype = pick_dtype(settings.dtype, torch.device("cpu"))
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
     folder = settings.work_dir / "whisper"
     print(f"settings of {folder}:\n{settings.describe()}\n")
     settings.save(folder / "settings.json")
-    corpus = settings.work_dir / "corpus"
-    learned = [spoken for name in settings.splits for spoken in read_split(corpus, name)]
-    splits = {"learned": learned, "measured": read_split(corpus, settings.dev)[: settings.measured_utterances]}
-    tokenizer = load_config(_CONFIGURATION, ["get_tokenizer"])["get_tokenizer"]()
-    lexicon = pronounce_texts((spoken.text for split in splits.values() for spoken in split), find_flite())
-    vocabulary = sorted({token for spoken in learned for token in tokenize(tokenizer, spoken.text).tokens})
-    corpora = {
-        name: Corpus([prepare(spoken, tokenizer, vocabulary, lexicon) for spoken in split], split)
-        for name, split in splits.items()
-    }
-    print(f"{len(learned)} utterances, {len(vocabulary)} text tokens", flush=True)
+    torch.set_float32_matmul_precision("high")
+    learned, measured, vocabulary, units = read_corpora(settings)
+    hours = sum(len(example.phones) for example in learned.examples) / FRAMES_PER_SECOND / 3600
+    known = f"{len(vocabulary)} text tokens, {len(units)} S3 units"
+    print(f"{len(learned.examples)} utterances, {hours:.2f} h, {known}, on {device} in {dtype}", flush=True)
 
     torch.manual_seed(settings.seed)
-    whisper = build_whisper()
+    start = Path(settings.start_from or settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / _TOKENIZER_FILE)
+    whisper, earlier = begin_as_earlier(start) if settings.start_from else (begin_as_tokenizer(start), None)
     embeddings = text_embeddings(settings.text_embedding, vocabulary, settings.seed)
-    teacher = FrameTeacher(_WIDTH, embeddings, len(PHONES), _TIMES + _BANDS)
-    if settings.start_from:
-        start_from(Path(settings.start_from), whisper, teacher)
-    if not train(settings, whisper, teacher, corpora["learned"].examples, dtype, folder / "last.pt", stop_requested):
+    teacher = FrameTeacher(WIDTH, embeddings, len(PHONES), TIMES + BANDS, units)
+    if earlier is not None:
+        take_teacher(teacher, earlier)
+    whisper.to(device)
+    teacher.to(device)
+    start_digest = file_digest(start / "model.safetensors" if start.is_dir() else start)
+    listening = Listening(settings, folder, whisper, teacher, learned.examples, measured.examples, start_digest, dtype)
+    listening.go_on()
+    if not listening.until_the_end(stop_requested):
+        print(f"stopped after step {listening.step}; the same command goes on from there", file=sys.stderr)
         return False
-    write_whisper(whisper, folder)
-    metrics = {"text_tokens": len(vocabulary), "text_embedding": settings.text_embedding}
-    metrics |= measure(folder, teacher.eval(), corpora["measured"])
+    write_whisper(whisper.cpu(), folder)
+    metrics = {"text_tokens": len(vocabulary), "text_embedding": settings.text_embedding, "steps": listening.step}
+    metrics |= measure(folder, teacher.cpu(), measured)
     write_json(folder / "metrics.json", metrics)
     (folder / ".done").touch()
     print(json.dumps(metrics, indent=2))
     return True
 
 
-def prepare(spoken: Spoken, tokenizer: Any, vocabulary: Sequence[int], lexicon: dict[str, tuple[str, ...]]) -> Example:
-    """Compute an utterance's log-mel and its frames' labels."""
+def read_corpora(settings: Settings) -> tuple[Corpus, Corpus, list[int], Tensor]:
+    """Prepare the splits to learn from and the one to measure.
+
+    Returns:
+        both; the text tokens that are classes, in order; and the S3 units that are classes, [K] int64.
+    """
+    corpus = settings.work_dir / "corpus"
+    parts = {name: read_split(corpus, name) for name in settings.splits}
+    measured = read_split(corpus, settings.dev)[: settings.measured_utterances]
+    learned = [spoken for split in parts.values() for spoken in split]
+    units = [row for name, split in parts.items() for row in read_units(corpus / name, split)]
+    tokenizer = load_config(_CONFIGURATION, ["get_tokenizer"])["get_tokenizer"]()
+    lexicon = pronounce_texts((spoken.text for spoken in (*learned, *measured)), find_flite())
+    vocabulary = sorted({token for spoken in learned for token in tokenize(tokenizer, spoken.text).tokens})
+    occurring = torch.cat(units).unique()
+    classes = unit_classes(occurring)
+    corpora = []
+    for split, rows in ((learned, units), (measured, read_units(corpus / settings.dev, measured))):
+        utterances = _Prepared(split, [classes[row] for row in rows], tokenizer, vocabulary, lexicon)
+        corpora.append(Corpus(prepare_all(utterances, settings.num_workers), split))
+    return *corpora, vocabulary, occurring
+
+
+def read_units(folder: Path, split: Sequence[Spoken]) -> list[Tensor]:
+    """Read the S3 units of a split's utterances, [S] int64 each.
+
+    Raises:
+        FileNotFoundError: there is no table.
+        ValueError: an utterance has none.
+    """
+    path = folder / "utt2speech_token.pt"
+    table = read_torch_file(path)
+    lacking = [spoken.utt_id for spoken in split if spoken.utt_id not in table]
+    if lacking:
+        raise ValueError(f"{path}: {len(lacking)} utterances have no units, {lacking[0]} first; run stage 4 of run.sh")
+    return [torch.as_tensor(table[spoken.utt_id], dtype=torch.int64) for spoken in split]
+
+
+def unit_classes(occurring: Tensor) -> Tensor:
+    """The class of each S3 unit, [4096] int64: its place among those that occur in training; IGNORED for the others."""
+    classes = torch.full((len(unit_codes()),), IGNORED)
+    classes[occurring] = torch.arange(len(occurring))
+    return classes
+
+
+class _Prepared(Dataset):
+    def __init__(self, split: Sequence[Spoken], units: Sequence[Tensor], *text: Any) -> None:
+        self.split, self.units, self.text = split, units, text
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, number: int) -> list[Any]:
+        example = prepare(self.split[number], self.units[number], *self.text)
+        # a tensor would need a file handle to come from another process
+        return [part.numpy() if isinstance(part, Tensor) else part for part in example]
+
+
+def prepare_all(utterances: _Prepared, workers: int) -> list[Example]:
+    """Prepare a split's utterances, see `prepare`, in so many processes; 0: in this one."""
+    loader = DataLoader(utterances, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    return [
+        Example(*(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in parts))
+        for parts in tqdm(loader, desc="log-mels and labels", mininterval=2)
+    ]
+
+
+def _as_it_is(value: list[Any]) -> list[Any]:
+    return value
+
+
+def prepare(
+    spoken: Spoken, units: Tensor, tokenizer: Any, vocabulary: Sequence[int], lexicon: dict[str, tuple[str, ...]]
+) -> Example:
+    """Compute an utterance's log-mel and its frames' labels; `units` are classes, [S], about one a frame."""
     waveform = read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform
     frames = -(-len(waveform) // SAMPLES_PER_FRAME)
     tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
@@ -173,10 +254,11 @@ def prepare(spoken: Spoken, tokenizer: Any, vocabulary: Sequence[int], lexicon: 
     for index, span in heard:
         tokens[(middles >= span.start) & (middles < span.end)] = index
     return Example(
-        whisper_log_mel(padded, _MEL_BINS).half(),
+        whisper_log_mel(padded, MEL_BINS).half(),
         tokens,
         torch.from_numpy(phone_classes(spoken.phones, frames)),
         time_frames(spoken.phones, [span for _, span in heard], frames),
+        F.pad(units[:frames], (0, max(0, frames - len(units))), value=IGNORED),
         [(index, span) for index, span in heard if index != IGNORED],
     )
 
@@ -218,219 +300,141 @@ def text_embeddings(path: str | None, vocabulary: Sequence[int], seed: int) -> T
     return state["text_embedding.weight"].float()[list(vocabulary)].clone()
 
 
-def build_whisper() -> WhisperForConditionalGeneration:
-    """A Whisper with weights drawn from torch's global generator; its decoder is as small as transformers allows."""
-    config = WhisperConfig(
-        vocab_size=8,
-        num_mel_bins=_MEL_BINS,
-        d_model=_WIDTH,
-        encoder_layers=_LAYERS,
-        encoder_attention_heads=_HEADS,
-        encoder_ffn_dim=4 * _WIDTH,
-        decoder_layers=1,
-        decoder_attention_heads=_HEADS,
-        decoder_ffn_dim=_WIDTH,
-        max_source_positions=_POSITIONS,
-        max_target_positions=16,
-        init_std=_INITIAL_STD,
-        begin_suppress_tokens=None,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-        decoder_start_token_id=2,
-    )
-    return WhisperForConditionalGeneration(config)
-
-
-def start_from(path: Path, whisper: WhisperForConditionalGeneration, teacher: FrameTeacher) -> None:
-    """Put in the weights of an earlier training but for its text embeddings; a folder has those of the encoder only.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if path.is_dir():
-        earlier = WhisperForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        whisper.model.encoder.load_state_dict(earlier.model.encoder.state_dict())
-        return
-    parts = torch.load(path, weights_only=True)["parts"]
-    whisper.model.encoder.load_state_dict(parts["encoder"])
-    teacher.load_state_dict(parts["teacher"] | {"embeddings": teacher.embeddings})
-
-
-def train(
-    settings: Settings,
-    whisper: WhisperForConditionalGeneration,
-    teacher: FrameTeacher,
-    examples: Sequence[Example],
-    dtype: torch.dtype,
-    checkpoint_path: Path,
-    stop_requested: Callable[[], bool],
-) -> bool:
-    """Train from the checkpoint on, or from the start; one checkpoint an epoch.
+class Listening(LongTraining):
+    """The training as far as it has come.
 
     Args:
-        settings: how.
-        whisper: its encoder learns.
-        teacher: its heads learn.
-        examples: to learn from.
+        settings: the script's constants.
+        folder: where last.pt is.
+        whisper: its encoder learns, on the device.
+        teacher: its heads learn, on the device.
+        learned: utterances to learn from.
+        measured: utterances to measure.
+        start: names the weights that it begins with.
         dtype: of the matrix products.
-        checkpoint_path: written after each epoch, read where it exists.
-        stop_requested: asked after each step.
-
-    Returns:
-        False where it was asked to stop: what the unfinished epoch learned is given up.
-
-    Raises:
-        ValueError: the checkpoint is of a training with other settings or other text embeddings.
     """
-    encoder = whisper.model.encoder
-    parameters = [p for p in (*encoder.parameters(), *teacher.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
-    deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
-    deciding["text_embedding"] = digest([teacher.embeddings])
-    if settings.start_from:
-        path = Path(settings.start_from)
-        deciding["start_from"] = file_digest(path / "model.safetensors" if path.is_dir() else path)
-    parts = {"encoder": encoder, "teacher": teacher, "optimizer": optimizer}
-    lengths = [len(example.phones) for example in examples]
-    for epoch in range(resume(checkpoint_path, parts, deciding), settings.epochs):
-        started = time.monotonic()
-        draw = random.Random(f"{settings.seed}/{epoch}")  # an epoch does not depend on earlier ones
-        generator = torch.Generator().manual_seed(draw.getrandbits(32))
-        batches = plan_batches(lengths, settings.frames_per_batch, settings.joined_share, draw)
-        sums = torch.zeros(len(Losses._fields))
-        for number, batch in enumerate(batches):
-            course = (epoch + number / len(batches)) / settings.epochs
-            optimizer.param_groups[0]["lr"] = learning_rate(round(10_000 * course), 10_000, settings.lr)
-            mels, tokens, phones, prosody = collate([[examples[i] for i in row] for row in batch])
-            mels = disturb(mels, (phones != IGNORED).sum(dim=1), settings.clean_share, generator)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                states = encode(encoder, mels, _MID_LAYER, settings.sampled_frames, generator)
-                losses = teacher(states, tokens, phones, prosody)
-            loss = losses.text + losses.phone + settings.prosody_weight * losses.prosody
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-            optimizer.step()
-            sums += torch.stack(list(losses)).detach()
-            if stop_requested():
-                print(f"stopped in epoch {epoch + 1}; the same command goes on from its start", file=sys.stderr)
-                return False
-        save_checkpoint(checkpoint_path, epoch + 1, parts, deciding)
-        means = zip(Losses._fields, (sums / len(batches)).tolist(), strict=True)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in means)
-        print(f"epoch {epoch + 1}/{settings.epochs}  {shown}  {time.monotonic() - started:.0f} s", flush=True)
-    return True
 
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        whisper: WhisperForConditionalGeneration,
+        teacher: FrameTeacher,
+        learned: Sequence[Example],
+        measured: Sequence[Example],
+        start: str,
+        dtype: torch.dtype,
+    ) -> None:
+        lengths = [len(example.phones) for example in learned]
 
-def plan_batches(
-    lengths: Sequence[int], frames_per_batch: int, joined_share: float, draw: random.Random
-) -> list[list[list[int]]]:
-    """Group utterances of like length; some rows hold several, one after another.
+        @lru_cache(maxsize=2)  # of the epoch in work, and of the next one, which the workers may have begun
+        def plan(epoch: int) -> list[list[list[int]]]:
+            draw = random.Random(f"{settings.seed}/{epoch}")  # an epoch does not depend on earlier ones
+            return plan_batches(lengths, settings.frames_per_batch, settings.joined_share, draw)
 
-    Args:
-        lengths: frames of each utterance.
-        frames_per_batch: padding included.
-        joined_share: of the utterances, about, that share a row with others.
-        draw: decides the rows and their order.
+        super().__init__(settings, plan)
+        self.path, self.encoder, self.teacher = folder / "last.pt", whisper.model.encoder, teacher
+        self.learned, self.measured, self.plan, self.dtype = learned, measured, plan, dtype
+        self.device = teacher.embeddings.device
+        self.deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
+        self.deciding |= {"text_embedding": digest([teacher.embeddings.cpu()]), "start": start}
+        self.deciding["heads"] = whisper.config.encoder_attention_heads
+        self.learning = [p for p in (*self.encoder.parameters(), *teacher.parameters()) if p.requires_grad]
+        groups = [{"params": self.learning, "peak_lr": settings.lr}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
+        )
+        self.batches: Iterator[Batch] = iter(())
+        self.unlogged: list[Tensor] = []  # of the steps since the last line
 
-    Returns:
-        batches of rows of utterances' numbers; each utterance stands in one row.
-    """
-    order = list(range(len(lengths)))
-    draw.shuffle(order)
-    rows: list[list[int]] = []
-    while order:
-        row = [order.pop()]
-        wanted = draw.randint(2, 5) if draw.random() < joined_share / 2.5 else 1
-        while order and len(row) < wanted and sum(lengths[i] for i in (*row, order[-1])) <= _MOST_JOINED_FRAMES:
-            row.append(order.pop())
-        rows.append(row)
-    size_of = {id(row): sum(lengths[i] for i in row) for row in rows}
-    rows.sort(key=lambda row: size_of[id(row)] * draw.uniform(0.9, 1.1))
-    batches: list[list[list[int]]] = [[]]
-    longest = 0
-    for row in rows:
-        longest = max(longest, size_of[id(row)])
-        if batches[-1] and longest * (len(batches[-1]) + 1) > frames_per_batch:
-            batches.append([])
-            longest = size_of[id(row)]
-        batches[-1].append(row)
-    draw.shuffle(batches)
-    return batches
+    def go_on(self) -> None:
+        """Take up what an earlier run saved, if one did, and let the batches be made from there on.
 
+        Raises:
+            ValueError: it is of other settings, other text embeddings or another start.
+        """
+        settings = self.settings
+        resume(self.path, self._parts(), self.deciding)
+        if self.step:
+            print(f"going on from step {self.step}", flush=True)
+        first = self.epoch, self.place
+        pinned = self.device.type == "cuda"
+        self.batches = open_batches(
+            self.learned, self.plan, first, settings.clean_share, settings.seed, settings.num_workers, pinned
+        )
 
-def collate(rows: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Join the examples of each row, and pad the rows.
+    def one_step(self, share: float) -> None:
+        """Learn from one batch.
 
-    Args:
-        rows: B lists of examples.
+        Args:
+            share: how much of the training is done, from 0 to 1.
+        """
+        settings = self.settings
+        self.begin_step(self.optimizer, share)
+        losses = self._losses(next(self.batches), None)
+        loss = losses.text + losses.phone + settings.prosody_weight * losses.prosody
+        loss = loss + settings.unit_weight * losses.unit + settings.code_weight * losses.code
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.unlogged.append(torch.stack(list(losses)).detach())
 
-    Returns:
-        mels [B, 128, 2 (L + 4)] with silence behind each row, tokens [B, L], phones [B, L], prosody [B, L, 4 + 16],
-        where L is the longest row plus the two frames that its end still changes.
-    """
-    frames = [sum(len(example.phones) for example in row) for row in rows]
-    length = max(frames) + CLEAR_FRAMES // 2
-    mels = torch.empty(len(rows), _MEL_BINS, _MEL_PER_FRAME * (length + CLEAR_FRAMES))
-    tokens = torch.full((len(rows), length), IGNORED)
-    phones = torch.full((len(rows), length), IGNORED)
-    prosody = torch.zeros(len(rows), length, _TIMES + _BANDS)
-    for number, row in enumerate(rows):
-        inner = [example.mel[:, : _MEL_PER_FRAME * len(example.phones)] for example in row[:-1]]
-        mel = torch.cat([*inner, row[-1].mel], dim=1).float()
-        mels[number] = silence_of(mel)
-        mels[number, :, : mel.shape[1]] = mel
-        size = frames[number]
-        tokens[number, :size] = torch.cat([example.tokens for example in row])
-        phones[number, :size] = torch.cat([example.phones for example in row])
-        prosody[number, :size, :_TIMES] = torch.cat([example.timing for example in row])
-        bands = mel[:, : _MEL_PER_FRAME * size].unflatten(1, (size, -1)).unflatten(0, (_BANDS, -1)).mean(dim=(1, 3))
-        prosody[number, :size, _TIMES:] = bands.T
-    return mels, tokens, phones, prosody
+    def _losses(self, batch: Batch, generator: torch.Generator | None) -> Losses:
+        mels, *labels = (part.to(self.device, non_blocking=True) for part in batch)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            states = encode(self.encoder, mels.float(), MID_LAYER, self.settings.sampled_frames, generator)
+            return self.teacher(states, *labels)
 
+    def log(self, share: float) -> None:
+        """Print the means of the steps since the last line, every hundred steps.
 
-def silence_of(mel: Tensor) -> float:
-    """The value of digital silence in a log-mel that is cut 8 decades below its loudest point."""
-    return max(mel.max().item() - _DYNAMIC_RANGE, _QUIETEST)
+        Args:
+            share: how much of the training is done, from 0 to 1.
 
-
-def disturb(mels: Tensor, lengths: Tensor, clean_share: float, generator: torch.Generator) -> Tensor:
-    """Change level and colour of each row, add noise, and hide a band and two moments.
-
-    Args:
-        mels: [B, 128, W], silent behind each row's end.
-        lengths: frames of 20 ms, [B].
-        clean_share: of the rows that get no noise.
-        generator: draws it all.
-
-    Returns:
-        log-mels as the disturbed recordings would have them, silence included.
-    """
-    disturbed = torch.empty_like(mels)
-    bins = torch.linspace(0.0, 1.0, _MEL_BINS)[:, None]
-    for number, length in enumerate((_MEL_PER_FRAME * lengths).tolist()):
-        gain, tilt, wave, phase, noisy, ratio, colour, *places = torch.rand(16, generator=generator).tolist()
-        colouring = 0.3 * (tilt - 0.5) * bins + 0.1 * wave * torch.sin(2 * math.pi * (phase + 1.5 * bins))
-        mel = mels[number, :, : length + CLEAR_FRAMES] + (0.65 * gain - 0.5) + colouring  # -20 to +6 dB
-        if noisy > clean_share:
-            level = mel[:, :length].mean() + 0.3 - 0.9 * ratio  # a unit is 40 dB
-            noise = level + 0.6 * (colour - 0.5) * bins + 0.06 * torch.randn(mel.shape, generator=generator)
-            mel[:, :length] = torch.logaddexp(mel / 0.25 * math.log(10), noise / 0.25 * math.log(10))[:, :length] * (
-                0.25 / math.log(10)
+        Raises:
+            ValueError: a loss is no number.
+        """
+        if self.step % _SAY_EVERY == 0 and self.unlogged:
+            speed = self.step / max(self.seconds, 1e-9)
+            shown = _shown(self._means())
+            print(
+                f"step {self.step}  {share:.0%}  {self.passes():.1f} passes  {speed:.1f} steps/s  {shown}", flush=True
             )
-        silence = silence_of(mel)
-        mel = mel.clamp(min=silence)
-        fill = mel[:, :length].mean()
-        band, first = round(16 * places[0]), places[1]
-        mel[round(first * (_MEL_BINS - band)) :][:band, :length] = fill
-        for width, place in ((places[2], places[3]), (places[4], places[5])):
-            frames = min(round(16 * width), length // 8)
-            start = round(place * (length - frames))
-            mel[:, start : start + frames] = fill
-        disturbed[number] = silence
-        disturbed[number, :, : mel.shape[1]] = mel
-    return disturbed
+
+    def _means(self) -> Tensor:
+        """What the steps since the last call cost."""
+        means = torch.stack(self.unlogged).mean(dim=0).cpu()
+        if not means.isfinite().all():
+            raise ValueError(f"no finite loss in the steps up to {self.step}: {_shown(means)}")
+        self.unlogged = []
+        return means
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Score the measured utterances as they are."""
+        lengths = [len(example.phones) for example in self.measured]
+        plan = plan_batches(lengths, _MEASURED_FRAMES, 0.0, random.Random(0))
+        generator = torch.Generator().manual_seed(0)
+        batches = [collate([[self.measured[i] for i in row] for row in rows]) for rows in plan]
+        losses = torch.stack([torch.stack(list(self._losses(batch, generator))) for batch in batches]).cpu()
+        frames = torch.tensor([float((batch.phones != IGNORED).sum()) for batch in batches])
+        means = (losses * frames[:, None]).sum(dim=0) / frames.sum()
+        print(f"-- {self.settings.dev} after {self.step} steps: {_shown(means)}", flush=True)
+
+    def save(self) -> None:
+        """Write everything that the training depends on."""
+        if self.unlogged:
+            self._means()  # nothing is saved after a loss that is no number
+        save_checkpoint(self.path, self.epoch, self._parts(), self.deciding)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "teacher": self.teacher, "optimizer": self.optimizer, "progress": self}
+
+
+def _shown(means: Tensor) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in zip(Losses._fields, means.tolist(), strict=True))
 
 
 def write_whisper(whisper: WhisperForConditionalGeneration, folder: Path) -> None:
@@ -440,7 +444,7 @@ def write_whisper(whisper: WhisperForConditionalGeneration, folder: Path) -> Non
     half.load_state_dict({name: value.half() for name, value in whisper.state_dict().items()})
     half.save_pretrained(folder, max_shard_size="10GB")  # one file, as released
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
-    WhisperFeatureExtractor(feature_size=_MEL_BINS).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=MEL_BINS).save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -453,12 +457,14 @@ def measure(folder: Path, teacher: FrameTeacher, corpus: Corpus) -> dict[str, fl
         corpus: what to hear.
 
     Returns:
-        shares of frames whose phone and token are right; `looks_right`: shares of tokens whose best frame among all of
-        the recording lies where the token, or its word, is spoken, within a frame; `consistency`: least mean cosine of
-        a recording's states with those that the training's shortened window gives.
+        shares of frames whose phone, token and unit are right; `code_r2`: the share of the variance of the units' codes
+        that is told; `looks_right`: shares of tokens whose best frame among all of the recording lies where the token,
+        or its word, is spoken, within a frame; `consistency`: least mean cosine of a recording's states with those that
+        the training's shortened window gives.
     """
-    encoder = WhisperEncoder(folder, _MID_LAYER)
-    right = {"phone_accuracy": [], "text_accuracy": [], "looks_right": []}
+    encoder = WhisperEncoder(folder, MID_LAYER)
+    right = {"phone_accuracy": [], "text_accuracy": [], "unit_accuracy": [], "looks_right": []}
+    codes, read = [], []
     consistency = 1.0
     generator = torch.Generator().manual_seed(0)
     for example, spoken in zip(corpus.examples, corpus.spoken, strict=True):
@@ -467,6 +473,11 @@ def measure(folder: Path, teacher: FrameTeacher, corpus: Corpus) -> dict[str, fl
         known = example.tokens != IGNORED
         right["text_accuracy"] += (logits.argmax(dim=1) == example.tokens)[known].tolist()
         right["phone_accuracy"] += (teacher.phone_head(features.mid).argmax(dim=1) == example.phones).tolist()
+        known = example.units != IGNORED
+        mid, units = features.mid[known], example.units[known]
+        right["unit_accuracy"] += (teacher.unit_head(mid).argmax(dim=1) == units).tolist()
+        codes.append(teacher.codes[units])
+        read.append(teacher.code_head(mid))
         for index, span in example.token_spans:
             places = [s for i, s in example.token_spans if i == index]  # a token may be spoken more than once
             best = logits[:, index].argmax().item() + 0.5
@@ -474,12 +485,15 @@ def measure(folder: Path, teacher: FrameTeacher, corpus: Corpus) -> dict[str, fl
             seconds = best / FRAMES_PER_SECOND
             right["looks_right"].append(any(s.start - slack <= seconds < s.end + slack for s in places))
             assert span in places, "a token has no span of its own"
-        short: States = encode(encoder.module, collate([[example]])[0], _MID_LAYER, SAMPLED_FRAMES, generator)
+        short: States = encode(encoder.module, collate([[example]]).mels.float(), MID_LAYER, SAMPLED_FRAMES, generator)
         frames = len(features.final)
         agreement = F.cosine_similarity(short.final[0, :frames], features.final, dim=1).mean().item()
         consistency = min(consistency, agreement)
+    wanted = torch.cat(codes)
+    lost = F.mse_loss(torch.cat(read), wanted) / wanted.var(dim=0, correction=0).mean()
     return {name: round(float(np.mean(values)), 4) for name, values in right.items()} | {
-        "consistency": round(consistency, 4)
+        "code_r2": round(1.0 - lost.item(), 4),
+        "consistency": round(consistency, 4),
     }
 
 

@@ -2,11 +2,14 @@
 
 Whisper learns this from a decoder that writes text. On three hours of speech whose phones have known times, frames can
 be told directly: the last states name the text token that is being spoken, in the terms of a language model's text
-embeddings, as Whisper's output layer is tied to its own; those of a middle block name the phone and how it is spoken.
+embeddings, as Whisper's output layer is tied to its own; those of a middle block name the phone, how it is spoken, and
+the S3 unit: a released Whisper has room to keep there whatever a recording holds, this one keeps what is asked for. An
+aggregator can only average such states over a word. Therefore units are also asked for as codes, see unit_codes.py.
 """
 
 # B recordings   W mel frames, 100 Hz   A Whisper frames, 50 Hz   L frames of the longest recording   M sampled frames
 # D channels   E text embedding's channels   V classes: silence, then the corpus' tokens   R numbers about prosody
+# K classes of S3 units   C channels of a unit's code
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
+from unit_codes import unit_codes
 
 CLEAR_FRAMES = 4  # behind the longest recording: the convolutions' edge, then pure silence
 IGNORED = -100  # label of frames that say nothing about the loss
@@ -35,8 +39,11 @@ class Losses(NamedTuple):
     text: Tensor  # cross-entropy, nats
     phone: Tensor  # cross-entropy, nats
     prosody: Tensor  # mean squared error
+    unit: Tensor  # cross-entropy, nats
+    code: Tensor  # mean squared error; 1 tells nothing
     text_accuracy: Tensor
     phone_accuracy: Tensor
+    unit_accuracy: Tensor
 
 
 def encode(
@@ -54,7 +61,7 @@ def encode(
         mels: log-mels, [B, 128, 2 (L + 4)], filled with each row's silence behind its end.
         mid_layer: the block whose output is wanted too.
         sampled_frames: M; as many as there are, or more, takes every one in order.
-        generator: draws them.
+        generator: draws them, on the CPU; None: torch's global one.
 
     Returns:
         the states of the first L frames.
@@ -65,9 +72,9 @@ def encode(
     silent_frames = len(positions) - length
     count = min(sampled_frames, silent_frames)
     if count < silent_frames:
-        drawn = length + torch.randperm(silent_frames, generator=generator)[:count]
+        drawn = length + torch.randperm(silent_frames, generator=generator)[:count].to(x.device, non_blocking=True)
     else:
-        drawn = torch.arange(length, len(positions))
+        drawn = torch.arange(length, len(positions), device=x.device)
     silence = x[:, length + 1 : length + 2].expand(-1, count, -1)
     x = torch.cat([x[:, :length], silence], dim=1) + torch.cat([positions[:length], positions[drawn]])
     weights = x.new_zeros(length + count)
@@ -97,45 +104,68 @@ def _block(layer: WhisperEncoderLayer, x: Tensor, weights: Tensor) -> Tensor:
 
 
 class FrameTeacher(nn.Module):
-    """Reads text tokens from the last states, and phones and prosody from the middle ones.
+    """Reads text tokens from the last states, and phones, prosody and S3 units from the middle ones.
 
     Args:
         width: D.
         embeddings: text embeddings of the tokens that are classes, [V - 1, E]; they do not learn.
         phones: classes of the middle states.
         prosody: R.
+        units: the S3 units that are classes, [K] int64.
     """
 
-    def __init__(self, width: int, embeddings: Tensor, phones: int, prosody: int) -> None:
+    def __init__(self, width: int, embeddings: Tensor, phones: int, prosody: int, units: Tensor) -> None:
         super().__init__()
         self.register_buffer("embeddings", embeddings)
+        self.register_buffer("codes", unit_codes()[units])
         self.to_text = nn.Linear(width, embeddings.shape[1])
         self.silence = nn.Parameter(torch.randn(1, embeddings.shape[1]) * embeddings.std())
         self.phone_head = nn.Linear(width, phones)
         self.prosody_head = nn.Linear(width, prosody)
+        self.unit_head = nn.Linear(width, len(units))
+        self.code_head = nn.Linear(width, self.codes.shape[1])
 
     def text_logits(self, final: Tensor) -> Tensor:
         """Compare states [..., D] with silence and every token, [..., V]."""
         classes = torch.cat([self.silence, self.embeddings])
         return self.to_text(final).float() @ classes.T / math.sqrt(classes.shape[1])
 
-    def forward(self, states: States, tokens: Tensor, phones: Tensor, prosody: Tensor) -> Losses:
+    def forward(self, states: States, tokens: Tensor, phones: Tensor, units: Tensor, prosody: Tensor) -> Losses:
         """Hold the states against what was spoken.
 
         Args:
             states: of the encoder.
             tokens: classes [B, L], int64; `IGNORED` where there is none.
             phones: classes [B, L], int64; `IGNORED` behind a recording's end.
+            units: classes [B, L], int64; `IGNORED` where there is none.
             prosody: [B, L, R], float32.
         """
-        real = phones != IGNORED
-        mid, final = states.mid[real], states.final[real]
-        tokens, phones = tokens[real], phones[real]
-        text_logits, phone_logits = self.text_logits(final), self.phone_head(mid).float()
-        return Losses(
-            F.cross_entropy(text_logits, tokens, ignore_index=IGNORED),
-            F.cross_entropy(phone_logits, phones),
-            F.mse_loss(self.prosody_head(mid).float(), prosody[real]),
-            (text_logits.argmax(dim=-1) == tokens)[tokens != IGNORED].float().mean(),
-            (phone_logits.argmax(dim=-1) == phones).float().mean(),
+        mid = states.mid
+        told = self.text_logits(states.final), self.phone_head(mid), self.unit_head(mid)
+        text, phone, unit = (
+            _named(logits.flatten(0, 1), classes.flatten())
+            for logits, classes in zip(told, (tokens, phones, units), strict=True)
         )
+        prosody_errors = (self.prosody_head(mid).float() - prosody).square().mean(dim=2)
+        code_errors = (self.code_head(mid).float() - self.codes[units.clamp(min=0)]).square().mean(dim=2)
+        return Losses(
+            text[0],
+            phone[0],
+            _mean(prosody_errors, phones != IGNORED),
+            unit[0],
+            _mean(code_errors, units != IGNORED),
+            text[1],
+            phone[1],
+            unit[1],
+        )
+
+
+def _named(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the frames that have a class, and the share of them that are right."""
+    right = (logits.detach().argmax(dim=-1) == classes).float()
+    return F.cross_entropy(logits.float(), classes, ignore_index=IGNORED), _mean(right, classes != IGNORED)
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean of those that are counted; no boolean index, for which a GPU would have to be waited for."""
+    return (values * counted).sum() / counted.sum().clamp(min=1)
