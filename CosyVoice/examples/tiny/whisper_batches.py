@@ -184,11 +184,11 @@ def disturb(mels: Tensor, lengths: Tensor, clean_share: float, generator: torch.
     moments = torch.arange(mels.shape[2])
     length = MEL_PER_FRAME * lengths[chosen, None, None]
     inside = moments < length
-    values = MEL_BINS * length[:, :, 0]
+    values = MEL_BINS * length
 
     colouring = 0.3 * (tilt - 0.5) * bins + 0.1 * wave * torch.sin(2 * math.pi * (phase + 1.5 * bins))
     mel = mels[chosen] + (0.65 * gain - 0.5 + colouring)  # -20 to +6 dB
-    level = (mel * inside).sum(dim=(1, 2), keepdim=True) / values[:, :, None] + 0.3 - 0.9 * ratio  # a unit is 40 dB
+    level = (mel * inside).sum(dim=(1, 2), keepdim=True) / values + 0.3 - 0.9 * ratio  # a unit is 40 dB
     noise = torch.randn(mel.shape, generator=generator).mul_(0.06).add_(level + 0.6 * (colour - 0.5) * bins)
     decade = 0.25 / math.log(10)
     noisy = torch.logaddexp(mel.div(decade), noise.div_(decade)).mul_(decade)
@@ -196,7 +196,7 @@ def disturb(mels: Tensor, lengths: Tensor, clean_share: float, generator: torch.
     silence = silence_of(mel)[:, None, None]
     mel = mel.maximum(silence)
 
-    fill = (mel * inside).sum(dim=(1, 2), keepdim=True) / values[:, :, None]
+    fill = (mel * inside).sum(dim=(1, 2), keepdim=True) / values
     width = (16 * places[0]).round()
     lowest = (places[1] * (MEL_BINS - width)).round()
     numbers = torch.arange(MEL_BINS)[:, None]
