@@ -18,6 +18,7 @@ from joint_taste import JointModel, start_codebooks  # noqa: E402
 from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
 from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds  # noqa: E402
+from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
 
 from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
 from cosyvoice.utils.model_dir import load_part  # noqa: E402
@@ -203,7 +204,7 @@ def test_after_the_lesson_a_word_tells_how_long_it_lasts(variant):
     wanted = from_alignment(examples, spans, by_word=variant != "simple")
     untaught = teach(model, examples, wanted, device=CPU, steps=1, peak_lr=1e-9, seed=0)
     told = teach(model, examples, wanted, device=CPU, steps=120, peak_lr=5e-3, seed=0)
-    assert untaught.first[0] < 0.1 and told.first[0] > untaught.first[0] + 0.4
+    assert untaught["length"] < 0.1 and told["length"] > untaught["length"] + 0.4
     for name, value in model.state_dict().items():
         assert name.startswith("aggregator.") or torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -345,7 +346,9 @@ def sounding(examples: list[Example]) -> tuple[list[Example], dict[str, torch.Te
 
 def told_words(lengths: torch.Tensor) -> torch.Tensor:
     """Words of so many units, of as many as a short one has by their text, spoken as they are written."""
-    return F.pad(torch.stack([lengths, torch.full_like(lengths, FRAMES)], dim=1), (0, 1 + len(PHONES))).half()
+    numbers = F.pad(torch.stack([lengths, torch.full_like(lengths, FRAMES)], dim=1), (0, 1 + len(PHONES)))
+    codes = unit_codes()[torch.where(lengths > FRAMES, 5, 2)]
+    return torch.cat([numbers, F.normalize(codes, dim=1) * CODE_WIDTH**0.5], dim=1).half()
 
 
 def loud_sounds() -> WordSounds:
@@ -362,7 +365,7 @@ def test_the_aggregator_learns_to_hear_how_words_sound():
     kept = {name: value.clone() for name, value in sounds.state_dict().items()}
     how = {"device": CPU, "peak_lr": 5e-3, "seed": 0}
     untaught = hear_sounds(model, sounds, words, examples, steps=1, **how | {"peak_lr": 1e-9})
-    told = hear_sounds(model, sounds, words, examples, steps=200, **how)
+    told = hear_sounds(model, sounds, words, examples, steps=400, **how)
     assert untaught < 0.1 and told > 0.5
     for name, value in model.state_dict().items():
         assert name.startswith(("aggregator.", "audio_branch.")) or torch.equal(value, before[name]), name
@@ -399,14 +402,16 @@ def test_what_the_branch_does_not_need_takes_little_room_in_the_vectors(monkeypa
     assert shares[0] > shares[1]
 
 
-def test_pace_and_pause_and_changed_phones_are_what_is_told_of_words():
+def test_pace_and_pause_and_changed_phones_and_units_are_what_is_told_of_words():
     examples, words = sounding(spoken(12))
     for number, row in enumerate(words.values()):
         row[0, 3 + PHONES.index("iy")] = number % 2  # in every other utterance the first word has one more
         row[1, 2] = 5  # a pause after the second one
     wanted = from_words(examples, words)
-    paces, pauses, changes = torch.cat(wanted.rows).T
-    assert wanted.first == 2 and len(pauses.unique()) == 2
+    assert wanted.groups == {"pace": 1, "pause": 1, "changes": 1, "codes": CODE_WIDTH}
+    paces, pauses, changes, codes = torch.cat(wanted.rows).split([1, 1, 1, CODE_WIDTH], dim=1)
+    paces, pauses, changes = paces[:, 0], pauses[:, 0], changes[:, 0]
+    assert len(pauses.unique()) == len(codes.unique(dim=0)) == 2
     slow = (torch.cat([*words.values()])[:, 0].float() / FRAMES).log()
     torch.testing.assert_close(paces, (slow - slow.mean()) / slow.std())
     assert len(changes.unique()) == 2 and changes.max() > 0

@@ -19,9 +19,10 @@ sys.path.insert(0, str(TINY))
 import reading_lessons  # noqa: E402
 import teach_reading  # noqa: E402
 from corpus_reader import PAUSE, PHONES  # noqa: E402
-from reading_lessons import ReadingLessons, describe_words, log_paces, log_weights  # noqa: E402
+from reading_lessons import FACTS, ReadingLessons, WordFacts, describe_words, log_paces, log_weights  # noqa: E402
 from resumable import pick_dtype  # noqa: E402
 from teach_reading import Aligned, AlignedSet, Pace, unit_owners  # noqa: E402
+from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
 from word_times import Span  # noqa: E402
 
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
@@ -174,10 +175,15 @@ def test_how_words_sound_is_where_they_differ_from_what_their_text_says(lessons,
     pause = PHONES.index(PAUSE)
     batch = {**batch, "phone": batch["phone"].masked_fill(batch["phone"] == pause, pause + 1)}
     batch["phone"][0, 9:11] = pause
-    words = describe_words(batch)
+    words, of_unit = describe_words(batch, unit_codes()), unit_codes()
     for row, token, numbers in ((0, 1, (5, 4, 0)), (0, 2, (2, 3, 0)), (0, 4, (3, 5, 2)), (1, 2, (6, 3, 0))):
         assert words[row, token, :3].tolist() == list(numbers)
-    assert torch.equal(words[:, :, 3:], (batch["said"] - batch["expected"]).float())
+    facts = WordFacts.of(words)
+    assert torch.equal(facts.changes, (batch["said"] - batch["expected"]).float())
+    units = batch["speech_token"]
+    for row, token, own in ((0, 1, units[0, :5]), (0, 2, units[0, 5:7]), (0, 4, units[0, [7, 8, 11]])):
+        held = of_unit[own].sum(dim=0)  # the pause's units are not among them
+        torch.testing.assert_close(facts.codes[row, token], held / held.norm() * CODE_WIDTH**0.5)
     paces = log_paces(words)
     torch.testing.assert_close(paces[0, 4].exp(), torch.tensor([3 / 5, 3.0]))
     told = lessons.word_sounds(words)
@@ -188,8 +194,14 @@ def test_how_words_sound_is_where_they_differ_from_what_their_text_says(lessons,
     torch.testing.assert_close(told[0, 1], told[0, 0])
     more = lessons.word_sounds(words + F.one_hot(torch.tensor(4), words.shape[2])) - told
     torch.testing.assert_close(more[0, 1], lessons.word_sounds.mapping.weight[:, -len(PHONES) + 1])
+    other = words.clone()
+    other[0, 1, -1] += 1
+    more = lessons.word_sounds(other) - lessons.word_sounds(words)
+    torch.testing.assert_close(more[0, 1], lessons.word_sounds.mapping.weight[:, -len(PHONES) - 1])
     silent = {**batch, "owner": batch["owner"].masked_fill(batch["owner"] == 2, 1)}  # without the word of token 2
-    told = lessons.word_sounds(describe_words(silent))
+    words = describe_words(silent, of_unit)
+    assert not WordFacts.of(words).codes[0, 2].any()
+    told = lessons.word_sounds(words)
     assert not told[0, 2].any() and told[0, 1].any()
 
 
@@ -252,6 +264,21 @@ def test_only_rows_that_are_told_hear_how_words_sound(lessons, batch) -> None:
     lessons(batch, told=torch.tensor([True, False]), lessons=False)
     assert not torch.allclose(states[0][0], states[1][0], atol=1e-3)
     torch.testing.assert_close(states[0][1], states[1][1])
+
+
+def test_the_codes_are_asked_for_where_they_were_told(lessons, batch) -> None:
+    states = []
+    for module in (lessons.llm.llm.encoders[reading_lessons.COMING_LAYER], lessons.llm.llm):
+        module.register_forward_hook(lambda *call: states.append(call[2][0]))
+    found = lessons(batch, told=torch.tensor([False, True]))
+    codes = WordFacts.of(describe_words(batch, unit_codes())).codes[1, batch["owner"][1, :7]]
+    variance = (codes - codes.mean(dim=0)).square().sum()
+    errors = [
+        (reader(layer[1, 5:12]) - codes).square().sum() / variance
+        for reader, layer in zip(lessons.sounding_readers, states, strict=True)
+    ]
+    torch.testing.assert_close(found.sounding, torch.stack(errors).mean())
+    assert lessons(batch).sounding == lessons(batch, told=torch.tensor([False, False])).sounding == 0
 
 
 def test_attention_is_left_alone_where_it_is_not_asked_for(lessons, batch) -> None:
@@ -378,9 +405,13 @@ def test_what_an_aggregator_shall_hear_is_written(start) -> None:
     units = torch.load(folder.parents[1] / "corpus" / "lively" / "utt2speech_token.pt", weights_only=True)
     assert len(words) == sum(SIZES.values())
     for name, own in units.items():
-        assert words[name].dtype == torch.float16 and words[name].shape[1] == 3 + len(PHONES)
+        assert words[name].dtype == torch.float16 and words[name].shape[1] == FACTS
         assert words[name][:, :2].min() > 0 and words[name][:, ::2].float()[:, :2].sum() >= len(own)
-        assert not words[name][:, 3:].any()  # all is said as it is written
+        facts = WordFacts.of(words[name])
+        assert not facts.changes.any()  # all is said as it is written
+        torch.testing.assert_close(
+            facts.codes.norm(dim=1), torch.full((len(facts.codes),), CODE_WIDTH**0.5), atol=0.01, rtol=0
+        )
     sounds = torch.load(folder / reading_lessons.SOUNDS_FILE, weights_only=True)
     untold = start("untold", "--steps", "2", "--tell-rows", "0") / reading_lessons.SOUNDS_FILE
     assert not torch.equal(sounds["mapping.weight"], torch.load(untold, weights_only=True)["mapping.weight"])
