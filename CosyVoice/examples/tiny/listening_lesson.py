@@ -123,7 +123,6 @@ def teach(
     learning = [*model.aggregator.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(learning, lr=peak_lr, weight_decay=0.01)
     model.train()
-
     sizes = list(wanted.groups.values())
 
     def error(chosen: list[int]) -> Tensor:
