@@ -430,3 +430,28 @@ def test_a_training_begins_with_what_the_language_model_was_told(start, examples
     with pytest.raises(AssertionError):
         start("told-nothing", sounds=tmp_path, variants="taste_novq")
     assert "has 0 of the utterances to train with, expected 10" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_with_the_parts_of_another(trained, start):
+    still = {"steps": 1, "check_every": 1, "llm_lr": 1e-9, "parts_lr": 1e-9, "quantizer_from": 0.9}
+    further = start("further", parts=trained, llm=trained / "llm.pt", **still)
+    before, after = (json.loads((out / "metrics.json").read_text())["dev"]["own"] for out in (trained, further))
+    for variant in VARIANTS:
+        assert after[variant]["loss"] == pytest.approx(before[variant]["loss"], abs=1e-2), variant
+    assert '"taste": ' in (further / "metrics.jsonl").read_text()
+
+
+def test_parts_that_are_not_there_are_refused(start, tmp_path, capsys):
+    novq = start("novq-parts", steps=1, variants="taste_novq", lesson_steps=0)
+    for name, options, message in (
+        ("nowhere", {"parts": tmp_path}, "taste.pt: there is no such file; train_taste.py writes it"),
+        (
+            "no-quantizer",
+            {"parts": novq, "variants": "taste"},
+            "not all that taste is made of: quantizer: taste.pt has none",
+        ),
+        ("twice", {"parts": novq, "sounds": tmp_path}, "PARTS and SOUNDS are both given"),
+    ):
+        with pytest.raises(AssertionError):
+            start(name, **options)
+        assert message in capsys.readouterr().err

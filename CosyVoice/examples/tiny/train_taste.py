@@ -52,7 +52,7 @@ from taste.fitted_start import fit_new_parts  # noqa: E402
 from taste.fitted_taste import quiet_branch  # noqa: E402
 from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
-from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
+from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts  # noqa: E402
 from taste.progress import Progress, StepRecord  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 
@@ -80,6 +80,7 @@ LESSON_STEPS = 600  # of the aggregators' lesson before the training, see listen
 LESSON_UTTERANCES = 1_500  # that are aligned for it
 SOUNDS = None  # str: folder with what teach_reading.py told the language model of words' sounds, to be heard now
 SOUND_STEPS = 1_000  # of the lesson that teaches aggregator and audio branch to hear it
+PARTS = None  # str: folder with a taste.pt whose parts to go on with, in place of all lessons and codebooks' starts
 COMMITMENT_WEIGHT = 0.1  # of the quantizer's commitment to its codes, which moves the quantizer alone
 DTYPE = "auto"  # of the matrix products: float32 (TF32 on a GPU), bfloat16; auto: bfloat16 on a CPU with AMX
 CHECK_EVERY = 500  # steps between two evaluations
@@ -97,7 +98,7 @@ _TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper())
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip", "hide_rows"),
     *("hide_units", "drop_text", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "sounds"),
-    *("sound_steps", "commitment_weight", "dtype", "seed"),
+    *("sound_steps", "parts", "commitment_weight", "dtype", "seed"),
 )
 
 
@@ -137,10 +138,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         build_together(llm, settings.variants, speech_width=train_sets[0].speech_width, taste_sizes=_TASTE_SIZES)
     )
     everything = ConcatDataset(train_sets)
-    spans = find_some_tokens(everything, settings)
     state_path = settings.out / "state.pt"
-    if not state_path.is_file():
-        fit(joint, everything, spans, settings, device)
+    if settings.parts:
+        go_on_with(joint, settings)
+    elif not state_path.is_file():
+        fit(joint, everything, find_some_tokens(everything, settings), settings, device)
     started = time.perf_counter()
     joint.to(device).eval()
     training = JointTraining(
@@ -167,6 +169,8 @@ def check(settings: Settings) -> None:
     problems += [f"{name.upper()} is empty" for name in ("variants", "train") if not getattr(settings, name)]
     if settings.minutes is not None and settings.minutes <= 0:
         problems.append(f"MINUTES is {settings.minutes}")
+    if settings.parts and settings.sounds:
+        problems.append("PARTS and SOUNDS are both given, which begin the parts in two ways")
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}; expected variants of {', '.join(ALL_VARIANTS)}, and sets of features to train with"
@@ -283,6 +287,30 @@ def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: 
         print(f"fitted {variant} in {time.perf_counter() - started:.0f} s: {json.dumps(notes)}", flush=True)
 
 
+def go_on_with(joint: JointModel, settings: Settings) -> None:
+    """Give the variants the parts that an earlier training has written.
+
+    Args:
+        joint: all of its variants, but for `text_only`, take all of their parts.
+        settings: with PARTS.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks a part, or has one of another size.
+    """
+    path = Path(settings.parts) / PARTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; train_taste.py writes it, leave PARTS empty before")
+    for variant, model in joint.models.items():
+        taken = take_parts(model, settings.parts)
+        if taken is not None and taken.left:
+            unfit = "; ".join(f"{part}: {reason}" for part, reason in taken.left.items())
+            raise ValueError(
+                f"{path} has not all that {variant} is made of: {unfit}; leave PARTS empty, or VARIANTS out"
+            )
+    print(f"going on with the parts of {path}", flush=True)
+
+
 def read_sounds(folder: Path, llm: TransformerLM) -> tuple[WordSounds, dict[str, Tensor]]:
     """Read how the language model was told of the sound of words, and what.
 
@@ -332,7 +360,7 @@ class JointTraining(LongTraining):
         self.optimizer = torch.optim.AdamW(
             parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
         )
-        self.codebooks_started = False
+        self.codebooks_started = bool(settings.parts)
         self.history: list[dict[str, Any]] = []
         self.record = StepRecord(settings.out / "metrics.jsonl")
         self.learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
