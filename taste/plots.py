@@ -43,7 +43,12 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, Any]], class_count: i
     figure, (losses, accuracies) = _new_figure(1, 2, (11, 4.2))
     trained = [entry for entry in history if entry.get("train")]
     uniform = math.log(class_count)
-    losses.axhline(uniform, color=QUIET_COLOUR, linestyle=":", label=f"even guess, ln {class_count} = {uniform:.2f}")
+    guess = f"even guess, ln {class_count} = {uniform:.2f}"
+    shown = [entry[part]["loss"] for entry in history for part in ("train", "test") if entry.get(part)]
+    if max(shown) > uniform / 2:
+        losses.axhline(uniform, color=QUIET_COLOUR, linestyle=":", label=guess)
+    else:  # drawn, it would leave the curves a flat line at the bottom
+        losses.plot([], [], color=QUIET_COLOUR, linestyle=":", label=f"{guess}: far above")
     _line(losses, trained, "train", "loss", TRAIN_COLOUR, "-", "train (mean over the epoch)")
     _line(losses, history, "test", "loss", TEST_COLOUR, "-", "test")
     losses.set(title="Cross-entropy of the next S3 unit", xlabel="epoch", ylabel="nats for each unit")

@@ -1,6 +1,7 @@
 import soundfile
 import torch
 
+from taste import plots
 from taste.batch import Example
 from taste.data import FeaturePaths, open_dataset
 from taste.generation import Generated
@@ -41,6 +42,21 @@ def test_losses_are_drawn_from_the_first_scores_on(tmp_path):
     scores = {"loss": 8.0, "top1": 0.0, "top5": 0.1}
     plot_losses(tmp_path / "loss.png", [{"epoch": 0, "train": {}, "test": scores}], 4097, AWKWARD_TITLE)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_curves_far_below_an_even_guess_fill_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    make = plots._new_figure
+    monkeypatch.setattr(plots, "_new_figure", lambda *sizes: drawn.append(make(*sizes)) or drawn[-1])
+    for highest in (8.0, 1.9):
+        entries = [{"loss": highest * share, "top1": 0.4, "top5": 0.8} for share in (1.0, 0.9)]
+        history = [
+            {"epoch": epoch, "train": entry if epoch else {}, "test": entry} for epoch, entry in enumerate(entries)
+        ]
+        plot_losses(tmp_path / "loss.png", history, 4097, "utt")
+    (reached, _), (left, _) = (axes for _, axes in drawn)
+    assert reached.get_ylim()[1] > 8.3 and left.get_ylim()[1] < 2.0
+    assert "ln 4097 = 8.32" in left.get_legend().get_texts()[0].get_text()
 
 
 class Letters:
