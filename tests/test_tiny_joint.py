@@ -437,8 +437,7 @@ def test_a_training_goes_on_with_the_parts_of_another(trained, start):
     further = start("further", parts=trained, llm=trained / "llm.pt", **still)
     before, after = (json.loads((out / "metrics.json").read_text())["dev"]["own"] for out in (trained, further))
     for variant in VARIANTS:
-        assert after[variant]["loss"] == pytest.approx(before[variant]["loss"], abs=1e-2), variant
-    assert '"taste": ' in (further / "metrics.jsonl").read_text()
+        assert after[variant]["loss"] == pytest.approx(before[variant]["loss"], abs=2e-3), variant
 
 
 def test_parts_that_are_not_there_are_refused(start, tmp_path, capsys):

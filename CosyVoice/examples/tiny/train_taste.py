@@ -306,7 +306,7 @@ def go_on_with(joint: JointModel, settings: Settings) -> None:
         if taken is not None and taken.left:
             unfit = "; ".join(f"{part}: {reason}" for part, reason in taken.left.items())
             raise ValueError(
-                f"{path} has not all that {variant} is made of: {unfit}; leave PARTS empty, or VARIANTS out"
+                f"{path} has not all that {variant} is made of: {unfit}; leave it out of VARIANTS, or PARTS empty"
             )
     print(f"going on with the parts of {path}", flush=True)
 
