@@ -8,15 +8,18 @@ file, or leaves them. A reader takes either, or both at once. Flat files are `{u
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from taste.atomic import atomic_path, remove_leftovers
 from taste.keys import normalise_key
 from taste.output_lock import OutputLock
+from taste.plain_data import load_plain
 
 NESTED_FIELDS = ("mid", "final")
 SAVE_MODES = ("single", "chunks", "auto")
@@ -193,6 +196,22 @@ class Features(Mapping[str, Any]):
         return len(self._values)
 
 
+class Units(Mapping[str, list[int]]):
+    """S3 units by utterance id, 4 bytes each; a list is made of them when they are used."""
+
+    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, utt_id: str) -> list[int]:
+        return self._values[utt_id].tolist()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def open_features(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> Features:
     """Open an output: the .pt file, its chunks, or both.
 
@@ -209,21 +228,10 @@ def open_features(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -
     Raises:
         FeatureFileError: nothing is there, a file is truncated or holds something else, or two keys are one id.
     """
-    path = Path(path)
-    known_ids = frozenset(known_ids)
-    if path.suffix == ".chunks":
-        path = path.with_suffix(".pt")
-    sources = _sources(path)
-    if not sources:
-        raise FeatureFileError(f"{path}: neither this file nor {chunk_folder(path)} exists; {_remake(path)}")
-    values: dict[str, Any] = {}
-    for source in sources:
-        # the same id in a later file is the same value: a merge was interrupted before the chunks were removed
-        values = _by_id(source, _load(source), known_ids) | values
-    return Features(values)
+    return Features(_values(Path(path), known_ids, lambda utt_id, value: value))
 
 
-def open_units(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> dict[str, list[int]]:
+def open_units(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> Units:
     """Open a file of S3 units, whichever way its numbers are stored.
 
     Args:
@@ -237,7 +245,7 @@ def open_units(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> d
         FeatureFileError: as for `open_features`, or a value is no list of whole numbers.
     """
     path = Path(path)
-    return {utt_id: _units(path, utt_id, value) for utt_id, value in open_features(path, known_ids).items()}
+    return Units(_values(path, known_ids, lambda utt_id, value: _units(path, utt_id, value)))
 
 
 def chunk_folder(output_path: str | os.PathLike[str]) -> Path:
@@ -303,7 +311,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             mappable = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        content = _content(path, mappable)
     except Exception as error:  # reading damaged pickles raises nearly anything
         raise FeatureFileError(f"{path}: truncated, or no feature file ({error}); {_remake(path)}") from error
     if not isinstance(content, dict):
@@ -312,6 +320,29 @@ def _load(path: Path) -> dict[str, Any]:
         mid, final = (content[field] for field in NESTED_FIELDS)
         content = {key: {"mid": mid[key], "final": final[key]} for key in mid if final.get(key) is not None}
     return content
+
+
+def _values(path: Path, known_ids: Iterable[str], converted: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """What `converted` makes of each value of an output, file by file: no more than one is held as it was stored."""
+    known_ids = frozenset(known_ids)
+    if path.suffix == ".chunks":
+        path = path.with_suffix(".pt")
+    sources = _sources(path)
+    if not sources:
+        raise FeatureFileError(f"{path}: neither this file nor {chunk_folder(path)} exists; {_remake(path)}")
+    values: dict[str, Any] = {}
+    for source in sources:
+        content = _by_id(source, _load(source), known_ids)
+        # the same id in a later file is the same value: a merge was interrupted before the chunks were removed
+        values |= {utt_id: converted(utt_id, value) for utt_id, value in content.items() if utt_id not in values}
+    return values
+
+
+def _content(path: Path, mappable: bool) -> Any:
+    if mappable:
+        with suppress(ValueError):  # it has tensors
+            return load_plain(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
 
 
 def _by_id(source: Path, content: Mapping[str, Any], known_ids: frozenset[str]) -> dict[str, Any]:
@@ -339,13 +370,18 @@ def _squeezed(value: Any) -> Any:
     return value
 
 
-def _units(path: Path, utt_id: str, value: Any) -> list[int]:
-    numbers = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-    if not isinstance(numbers, (list, tuple)) or any(
-        not isinstance(number, (int, float)) or number != int(number) for number in numbers
-    ):
-        raise FeatureFileError(f"{path}: the value of {utt_id!r} is no list of S3 units; {_remake(path)}")
-    return [int(number) for number in numbers]
+def _units(path: Path, utt_id: str, value: Any) -> np.ndarray:
+    """The units of one utterance, [n] int32."""
+    try:
+        numbers = np.asarray(value.flatten().tolist() if isinstance(value, torch.Tensor) else value)
+        if numbers.ndim == 1 and numbers.dtype.kind in "iuf":
+            with np.errstate(invalid="ignore"):  # what is no number becomes some number, and so differs
+                units = numbers.astype(np.int32)
+            if np.array_equal(units, numbers):
+                return units
+    except ValueError:  # lists of different lengths in it
+        pass
+    raise FeatureFileError(f"{path}: the value of {utt_id!r} is no list of S3 units; {_remake(path)}")
 
 
 def _detached(value: Any) -> Any:

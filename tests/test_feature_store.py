@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -219,10 +220,22 @@ def test_units_are_whole_numbers_however_they_were_stored(tmp_path: Path) -> Non
     }
     torch.save(units, tmp_path / "utt2s3.pt")
     assert open_units(tmp_path / "utt2s3.pt") == {"a": [1, 4095], "b": [1, 2], "c": [3, 4], "d": [5, 6], "f": []}
-    for wrong in ([0.5], "text", 7):
+    for wrong in ([0.5], [math.nan], [math.inf], [2**40], [[1], [2, 3]], [[1, 2]], [True], ["1"], [None], "text", 7):
         torch.save({"a": wrong}, tmp_path / "x_utt2s3.pt")
         with pytest.raises(FeatureFileError, match="'a' is no list of S3 units"):
             open_units(tmp_path / "x_utt2s3.pt")
+
+
+def test_units_of_several_files_are_read_file_by_file(tmp_path: Path) -> None:
+    with FeatureWriter(tmp_path / "a_utt2s3.pt", chunk_utterances=1) as writer:
+        for utt_id in ("b", "a"):
+            writer.add(utt_id, [1, 4095, 7])
+            writer.flush()
+        writer.finish("chunks")
+    torch.save({"c": [], "a": [1, 4095, 7]}, tmp_path / "a_utt2s3.pt")
+    units = open_units(tmp_path / "a_utt2s3.pt")
+    assert units == {"a": [1, 4095, 7], "b": [1, 4095, 7], "c": []}
+    assert all(type(unit) is int for row in units.values() for unit in row)
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
