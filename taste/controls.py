@@ -90,7 +90,7 @@ def controls_of(
 def _silence(dataset: UtteranceDataset, whisper_dir: str, mid_layer: int) -> Silence:
     from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder
 
-    frames = max(len(dataset[index].speech_final) for index in range(len(dataset)))
+    frames = max(dataset.speech_frames(utt_id) for utt_id in dataset.utt_ids)
     whisper = WhisperEncoder(whisper_dir, mid_layer, torch.device("cpu"), torch.float32)
     if whisper.width != dataset.speech_width:
         raise ValueError(f"the Whisper in {whisper_dir} is {whisper.width} wide, the features {dataset.speech_width}")

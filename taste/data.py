@@ -95,7 +95,7 @@ class UtteranceDataset(Dataset[Example]):
         final = mid = None
         if self.features.speech is not None:
             speech = self.features.speech[utt_id]
-            frames = real_frames(len(speech["final"]), len(units), self.duration_seconds(utt_id))
+            frames = self.speech_frames(utt_id)
             final, mid = speech["final"][:frames].float(), speech["mid"][:frames].float()
         text_tokens, word_ids = (self._of_tokens(utt_id, name) if self.has_words else None for name in WORD_FIELDS)
         text = self.features.text[utt_id].float()
@@ -159,6 +159,29 @@ class UtteranceDataset(Dataset[Example]):
             seconds; None where nobody noted it.
         """
         return self.info(utt_id).get("duration_s")
+
+    def word_ids(self, utt_id: str) -> Tensor:
+        """The words of an utterance's text tokens; its Whisper features are not read.
+
+        Args:
+            utt_id: its id; the data set has words.
+
+        Returns:
+            each token's word, [T] int64.
+        """
+        return self._of_tokens(utt_id, "word_id")
+
+    def speech_frames(self, utt_id: str) -> int:
+        """How many Whisper frames an utterance has; they are not read.
+
+        Args:
+            utt_id: its id; the data set has Whisper features.
+
+        Returns:
+            frames, 50 a second.
+        """
+        stored, units = len(self.features.speech[utt_id]["final"]), len(self.features.units[utt_id])
+        return real_frames(stored, units, self.duration_seconds(utt_id))
 
     def _of_tokens(self, utt_id: str, name: str) -> Tensor:
         """One number of `WORD_FIELDS` for each token of an utterance, [T] int64."""

@@ -17,6 +17,7 @@ from taste.model import PARTS, CosyVoiceS3Model
 # T text tokens   A Whisper frames, 50 Hz   D channels of the LM   E of the text embeddings   N tokens of all utterances
 
 MOST_UTTERANCES = 100  # that are looked at; more would cost time and memory
+QUANTIZER_UTTERANCES = 500  # whose words the codebooks start from: some 35 words a code in LibriSpeech
 SHARPEN_STEPS = 60  # of query and key
 SPEECH_GAIN = 0.1  # what speech is multiplied with beside the text at first: a hint that training can make louder
 
@@ -34,8 +35,8 @@ def fit_new_parts(
     - query and key find each token where `align` found it spoken.
     - value and output keep the directions in which the speech of tokens differs most; the speech's norm begins quiet.
 
-    Of `taste_novq` and `taste`: see `taste.fitted_taste`. The codebooks of `taste` start from the training words, by
-    k-means.
+    Of `taste_novq` and `taste`: see `taste.fitted_taste`. The codebooks of `taste` start from words of
+    QUANTIZER_UTTERANCES utterances, by k-means.
 
     The same model and data give the same weights; nothing is drawn from torch's global random generator.
 
@@ -48,7 +49,7 @@ def fit_new_parts(
         what to note about it, as JSON knows values: utterances; attention_on_token (mean share of a token's attention
         that is where it is spoken) and attention_on_token_evenly (the same if it looked at all frames alike), but not
         of an aggregator that came from Whisper and is left as it is; of `simple` text_explained (share of the text
-        encoder's variance that the projection gives); of `taste` code_usage (share of each codebook that training words
+        encoder's variance that the projection gives); of `taste` code_usage (share of each codebook that these words
         use).
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
@@ -65,7 +66,8 @@ def fit_new_parts(
     if "audio_branch" in wanted:
         quiet_branch(model, examples, SPEECH_GAIN)
     if "quantizer" in wanted:
-        notes["code_usage"] = start_quantizer(model, [dataset[index] for index in range(len(dataset))])
+        looked_at = spread_evenly(len(dataset), QUANTIZER_UTTERANCES)
+        notes["code_usage"] = start_quantizer(model, (dataset[index] for index in looked_at))
     return notes
 
 

@@ -1,7 +1,8 @@
 """Gives the parts that `taste_novq` and `taste` have beside the pretrained model weights to start from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -88,14 +89,14 @@ def quiet_branch(model: CosyVoiceS3Model, examples: Sequence[Example], gain: flo
 
 
 @torch.no_grad()
-def start_quantizer(model: CosyVoiceS3Model, examples: Sequence[Example]) -> list[float]:
+def start_quantizer(model: CosyVoiceS3Model, examples: Iterable[Example]) -> list[float]:
     """Start the codebooks from the words of the training set, and let the quantizer change words as little as it can.
 
     The codebooks' space becomes that of the widest directions of the words, and k-means places the codes in it.
 
     Args:
         model: of variant `taste`, on the CPU; only its quantizer changes.
-        examples: the training set.
+        examples: of the training set; few of them are held at a time.
 
     Returns:
         share of the codes that some word uses, of each level.
@@ -182,5 +183,7 @@ def _inputs(batch: Batch) -> tuple[Tensor | None, ...]:
     return batch.text, batch.speech_final, batch.speech_mid, *lengths, batch.text_tokens
 
 
-def _batches(examples: Sequence[Example]) -> list[Batch]:
-    return [collate(list(examples[first : first + BATCH])) for first in range(0, len(examples), BATCH)]
+def _batches(examples: Iterable[Example]) -> Iterator[Batch]:
+    examples = iter(examples)
+    while some := list(islice(examples, BATCH)):
+        yield collate(some)

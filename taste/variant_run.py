@@ -169,9 +169,8 @@ def warn_of_misfits(dataset: UtteranceDataset, say: Callable[[str], None]) -> No
         say: takes what a person should know.
     """
     found = {}
-    for index, utt_id in enumerate(dataset.utt_ids):
-        example = dataset[index]
-        if doubts := misfits(example.word_ids, len(example.units)):
+    for utt_id in dataset.utt_ids:
+        if doubts := misfits(dataset.word_ids(utt_id), len(dataset.features.units[utt_id])):
             found[utt_id] = doubts[0]
     if found:
         shown = "; ".join(f"{utt_id}: {doubt}" for utt_id, doubt in list(found.items())[:SHOWN_IDS])

@@ -99,3 +99,19 @@ def test_fitted_parts_still_learn(dataset, fitted):
             assert value.grad is not None and bool(value.grad.abs().sum() > 0), name
     model.zero_grad()
     model.eval()
+
+
+def test_codebooks_start_from_some_utterances_of_a_large_training_set(dataset, monkeypatch):
+    read = []
+
+    class Counted(UtteranceDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    counted = Counted(dataset.features, dataset.selection)
+    monkeypatch.setattr("taste.fitted_start.MOST_UTTERANCES", 2)
+    monkeypatch.setattr("taste.fitted_start.QUANTIZER_UTTERANCES", 6)
+    notes = fit_new_parts(small_model("taste", started=False), counted, {"quantizer"})
+    assert notes["utterances"] == 2
+    assert read == [6, 18, *range(2, 24, 4)]

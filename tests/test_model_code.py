@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 import model_code
 from taste.audio import write_wav
 from taste.checkpoint import load_checkpoint
+from taste.data import UtteranceDataset, open_dataset
 from taste.output_lock import OutputLock
 from taste.training import RunStopped
+from taste.variant_run import warn_of_misfits
 from tests.small_model_folder import write_small_model_folder
-from tests.small_stage3 import random_examples, write_features
+from tests.small_stage3 import SIZES, random_examples, write_features
 from tests.small_whisper import WIDTH, write_small_whisper
 from tests.sounds import voice_like
 
@@ -215,6 +218,13 @@ def test_transcripts_that_may_not_fit_are_named_and_used(work, capsys):
     assert "warning: 1 transcripts may not fit their recordings; they are used all the same: utt-07: 6 words in 3" in (
         capsys.readouterr().out
     )
+
+
+def test_transcripts_are_held_against_the_units_without_reading_whisper_features(tmp_path):
+    dataset = open_dataset(write_features(tmp_path, "train", random_examples([(4, 20)] * 3 + [(9, 3)])), SIZES)
+    said = []
+    warn_of_misfits(UtteranceDataset(replace(dataset.features, speech={}), dataset.selection), said.append)
+    assert len(said) == 1 and "1 transcripts may not fit" in said[0]
 
 
 def test_recordings_are_encoded_and_decoded_by_the_run_that_was_trained(tmp_path, golden_dir, capsys):
