@@ -317,6 +317,7 @@ def train(
     try:
         progress = trainer.fit()
     finally:
+        accelerator.free_memory()  # it would keep the model and the optimizer for as long as the process lives
         if board:
             board.close()
     model.load_learned_state(load_checkpoint(trainer.best_path).weights)

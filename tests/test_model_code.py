@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import model_code
 from taste.audio import write_wav
 from taste.checkpoint import load_checkpoint
 from taste.data import UtteranceDataset, open_dataset
+from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.training import RunStopped
-from taste.variant_run import warn_of_misfits
+from taste.variant_run import run_variant, warn_of_misfits
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features
 from tests.small_whisper import WIDTH, write_small_whisper
@@ -179,6 +182,25 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
     assert work.run(variant="all", num_epochs=1) == 0  # the same command again trains nothing more
     for variant, weights in before.items():
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
+
+
+def test_a_comparison_holds_one_model_at_a_time(work, monkeypatch):
+    models, alive = weakref.WeakSet(), []
+
+    def noted(self, *args, **kwargs):
+        models.add(self)
+        return begin(self, *args, **kwargs)
+
+    def counted(*args):
+        gc.collect()
+        alive.append(len(models))
+        return run_variant(*args)
+
+    begin = CosyVoiceS3Model.__init__
+    monkeypatch.setattr(CosyVoiceS3Model, "__init__", noted)
+    monkeypatch.setattr("taste.comparison.run_variant", counted)
+    assert work.run(variant="all", num_epochs=1, negative_controls=False) == 0
+    assert alive == [0, 0, 0, 0]
 
 
 def test_without_stages_each_variant_starts_from_the_model_folder(work):
