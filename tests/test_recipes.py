@@ -607,3 +607,13 @@ def test_flow_learns_from_lively_speech_too_and_the_minutes_of_the_language_mode
     (teaching,) = (call for call in calls if call[0].endswith("teach_reading.py"))
     assert teaching[teaching.index("--minutes") + 1] == "7" and "--steps" not in teaching
     assert teaching[teaching.index("--batch-positions") + 1] == "16000"
+
+
+@pytest.mark.parametrize(("epochs", "averaged"), [(0, 5), (1, 1), (4, 1), (5, 2), (16, 4), (17, 5), (200, 5)])
+def test_the_first_epochs_are_not_averaged_in(tmp_path: Path, epochs: int, averaged: int) -> None:
+    for number in range(epochs):
+        (tmp_path / f"epoch_{number}.yaml").touch()
+    (tmp_path / "epoch_0_step_10.yaml").touch()
+    script = f'set -euo pipefail; source "{EXAMPLES / "recipe_lib.sh"}"; at_most_epochs "{tmp_path}" 5'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{averaged}\n"

@@ -131,11 +131,13 @@ together() {
     [[ -z "$stop" ]] || exit 130
 }
 
-# at_most_epochs FOLDER NUMBER: so many as a training has epochs, if these are fewer; the averaging takes no more.
+# at_most_epochs FOLDER NUMBER: so many, but no more than a quarter of a training's epochs (rounded up): with fewer, the
+# first ones, which know little yet, would be averaged in.
 at_most_epochs() {
     local -a epochs
     mapfile -t epochs < <(find "$1" -maxdepth 1 -name 'epoch_*.yaml' ! -name '*_step_*' 2>/dev/null)
-    echo "$((${#epochs[@]} > 0 && ${#epochs[@]} < $2 ? ${#epochs[@]} : $2))"
+    local quarter=$(((${#epochs[@]} + 3) / 4))
+    echo "$((quarter > 0 && quarter < $2 ? quarter : $2))"
 }
 
 end_recipe() {

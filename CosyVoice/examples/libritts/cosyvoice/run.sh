@@ -52,7 +52,7 @@ NUM_PROCESSES="${NUM_PROCESSES:-1}"                     # of training: one for e
 DTYPE="${DTYPE:-fp32}"                                  # of training: fp32, bf16, fp16
 MAX_EPOCH="${MAX_EPOCH:-}"                              # passes over the data; empty takes the configuration's
 MAX_STEPS="${MAX_STEPS:-}"                              # at most so many training steps; empty sets no limit
-AVERAGE_NUM="${AVERAGE_NUM:-5}"                         # epochs with the lowest loss, whose weights are averaged
+AVERAGE_NUM="${AVERAGE_NUM:-5}"                         # epochs averaged, of lowest loss; at most a quarter of all
 PYTHON="${PYTHON:-}"                                    # interpreter; empty takes the repository's .venv
 
 declare -A PART_FILE=([llm]=llm.pt [flow]=flow.pt [hifigan]=hift.pt) # a released folder's name for what is trained
