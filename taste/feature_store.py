@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,20 +197,11 @@ class Features(Mapping[str, Any]):
         return len(self._values)
 
 
-class Units(Mapping[str, list[int]]):
-    """S3 units by utterance id, 4 bytes each; a list is made of them when they are used."""
-
-    def __init__(self, values: Mapping[str, np.ndarray]) -> None:
-        self._values = dict(values)
+class Units(Features):
+    """S3 units by utterance id, kept as int32 arrays; a list is made of them when they are used."""
 
     def __getitem__(self, utt_id: str) -> list[int]:
-        return self._values[utt_id].tolist()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+        return super().__getitem__(utt_id).tolist()
 
 
 def open_features(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> Features:
@@ -245,7 +237,7 @@ def open_units(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -> U
         FeatureFileError: as for `open_features`, or a value is no list of whole numbers.
     """
     path = Path(path)
-    return Units(_values(path, known_ids, lambda utt_id, value: _units(path, utt_id, value)))
+    return Units(_values(path, known_ids, partial(_units, path)))
 
 
 def chunk_folder(output_path: str | os.PathLike[str]) -> Path:
