@@ -18,12 +18,13 @@ class Directions(NamedTuple):
     variances: Tensor  # [kept], along each axis
 
 
-def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor, doubt: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Least squares with a little doubt.
 
     Args:
         x: inputs, [N, channels in], float64.
         y: what they should give, [N, channels out], float64.
+        doubt: added to each channel's mean square, as a share of it.
 
     Returns:
         weight [channels out, channels in] and bias [channels out] of `x @ weight.T + bias`.
@@ -31,7 +32,7 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     centred = x - x_mean
     gram = centred.T @ centred
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    gram.diagonal().add_(doubt * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, centred.T @ (y - y_mean)).T
     return weight, y_mean - weight @ x_mean
 

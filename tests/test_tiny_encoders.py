@@ -11,10 +11,10 @@ from pathlib import Path
 import onnx
 import pytest
 import safetensors.torch
-import soundfile
 import torch
 import torch.nn.functional as F
 from s3tokenizer.model import ModelConfig, S3Tokenizer
+from small_recordings import RATE_HZ, write_corpus, write_tokenizer
 
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.onnx_session import OnnxSession
@@ -33,7 +33,6 @@ import train_whisper  # noqa: E402
 import whisper_batches  # noqa: E402
 import whisper_start  # noqa: E402
 from corpus_reader import read_split  # noqa: E402
-from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
 from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
@@ -41,38 +40,12 @@ from whisper_batches import Batch, Example  # noqa: E402
 from whisper_training import IGNORED, FrameTeacher, States, encode  # noqa: E402
 from word_times import Span, align, pronounce, share_out, token_spans  # noqa: E402
 
-RATE_HZ = 16_000
-
 
 @pytest.fixture(scope="module", autouse=True)
 def few_threads() -> None:
     with torch_threads_kept():
         torch.set_num_threads(1)
         yield
-
-
-def write_corpus(work_dir: Path) -> Path:
-    """Two "speakers", buzzes of two pitches, who say "the cat" in a few ways."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 6), ("dev", 2), ("test", 2)):
-        folder = work_dir / "corpus" / split
-        folder.mkdir(parents=True)
-        lines: dict[str, list[str]] = {"wav.scp": [], "text": [], "utt2spk": [], "phones": []}
-        for number in range(count):
-            name, pitch_hz = ("low", 90.0) if number % 2 else ("high", 210.0)
-            utt_id = f"{split}-{name}-{number}"
-            time = torch.arange(RATE_HZ) / RATE_HZ
-            wave = sum(torch.sin(2 * math.pi * pitch_hz * k * time) / k for k in range(1, 12)) * 0.2
-            path = work_dir / "corpus" / f"{utt_id}.flac"
-            soundfile.write(path, (wave + 0.01 * torch.randn(RATE_HZ, generator=generator)).numpy(), RATE_HZ)
-            lines["wav.scp"].append(f"{utt_id} {path}")
-            lines["text"].append(f"{utt_id} The cat.")
-            lines["utt2spk"].append(f"{utt_id} {name}")
-            lines["phones"].append(f"{utt_id} pau:0.100 dh:0.200 ax:0.300 k:0.450 ae:0.700 t:0.900 pau:1.000")
-        for name, content in lines.items():
-            (folder / name).write_text("\n".join(content) + "\n")
-        torch.save({line.split()[0]: [7, 4, 9, 4, 4] * 10 for line in lines["text"]}, folder / "utt2speech_token.pt")
-    return work_dir
 
 
 def worn_net() -> SpeakerNet:
@@ -260,18 +233,6 @@ def test_with_all_silence_drawn_the_encoder_is_transformers_own() -> None:
     torch.testing.assert_close(states.mid, mid[:, :62], atol=1e-2, rtol=0)
     distance = [(other.final - whole).abs().mean().item() for other in (few, alone)]
     assert distance[0] < 0.3 * distance[1]  # some of the silence stands for all of it
-
-
-def write_tokenizer(path: Path, width: int = 128, blocks: int = 2) -> Path:
-    """An S3 tokenizer whose states depend on everything."""
-    torch.manual_seed(3)
-    sizes = ModelConfig(n_audio_state=width, n_audio_head=width // 64, n_audio_layer=blocks)
-    model = S3Tokenizer("speech_tokenizer_v1", sizes)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.2))
-    onnx.save(build_speech_tokenizer(model.state_dict(), num_heads=width // 64), path)
-    return path
 
 
 def test_the_encoder_begins_with_the_states_of_the_tokenizer(tmp_path: Path) -> None:

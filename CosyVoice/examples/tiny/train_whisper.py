@@ -90,7 +90,7 @@ THREADS = 1  # of the CPU
 NUM_WORKERS = 0  # processes that prepare the recordings and their batches; 12 beside a GPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
+TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 _SAMPLE_RATE_HZ = 16_000
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
 _SAY_EVERY = 100  # steps
@@ -140,7 +140,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     print(f"{len(learned.examples)} utterances, {hours:.2f} h, {known}, on {device} in {dtype}", flush=True)
 
     torch.manual_seed(settings.seed)
-    start = Path(settings.start_from or settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / _TOKENIZER_FILE)
+    start = Path(settings.start_from or settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / TOKENIZER_FILE)
     whisper, earlier = begin_as_earlier(start) if settings.start_from else (begin_as_tokenizer(start), None)
     embeddings = text_embeddings(settings.text_embedding, vocabulary, settings.seed)
     teacher = FrameTeacher(WIDTH, embeddings, len(PHONES), TIMES + BANDS, units)
@@ -238,10 +238,7 @@ def prepare(
     spoken: Spoken, units: Tensor, tokenizer: Any, vocabulary: Sequence[int], lexicon: dict[str, tuple[str, ...]]
 ) -> Example:
     """Compute an utterance's log-mel and its frames' labels; `units` are classes, [S], about one a frame."""
-    waveform = read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform
-    frames = -(-len(waveform) // SAMPLES_PER_FRAME)
-    tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
-    padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
+    mel, frames = recording_mel(spoken)
     timed = time_tokens(spoken, tokenizer, lexicon)
     class_of = {token: index + 1 for index, token in enumerate(vocabulary)}
     heard = [
@@ -254,13 +251,27 @@ def prepare(
     for index, span in heard:
         tokens[(middles >= span.start) & (middles < span.end)] = index
     return Example(
-        whisper_log_mel(padded, MEL_BINS).half(),
+        mel,
         tokens,
         torch.from_numpy(phone_classes(spoken.phones, frames)),
         time_frames(spoken.phones, [span for _, span in heard], frames),
-        F.pad(units[:frames], (0, max(0, frames - len(units))), value=IGNORED),
+        fit_units(units, frames),
         [(index, span) for index, span in heard if index != IGNORED],
     )
+
+
+def recording_mel(spoken: Spoken) -> tuple[Tensor, int]:
+    """An utterance's log-mel [128, 2 A + 4], float16, as an `Example` has it; and A."""
+    waveform = read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform
+    frames = -(-len(waveform) // SAMPLES_PER_FRAME)
+    tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
+    padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
+    return whisper_log_mel(padded, MEL_BINS).half(), frames
+
+
+def fit_units(units: Tensor, frames: int) -> Tensor:
+    """Units [S] for so many frames, [A]: there may be one more or less."""
+    return F.pad(units[:frames], (0, max(0, frames - len(units))), value=IGNORED)
 
 
 def time_frames(phones: Sequence[tuple[str, float]], tokens: Sequence[Span], num_frames: int) -> Tensor:

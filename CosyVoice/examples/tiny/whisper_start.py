@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from s3tokenizer.utils import onnx2torch
 from torch import Tensor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
-from whisper_training import FrameTeacher
+from whisper_training import FrameTeacher, encode
+
+from taste.linear_fits import ridge
 
 WIDTH, LAYERS, MID_LAYER = 128, 8, 6
 MEL_BINS = 128
@@ -17,6 +21,7 @@ _HEADS = 2  # as wide as the released ones, and the S3 tokenizer's
 _HIDDEN = 6 * WIDTH
 _POSITIONS = 1_500  # 30 s
 _INITIAL_STD = 0.05
+_GRAFT_RIDGE = 1e-5  # of a channel's mean square
 _NAMES = {  # of the S3 tokenizer's weights, and of transformers' Whisper
     "blocks": "layers",
     "attn_ln": "self_attn_layer_norm",
@@ -90,6 +95,89 @@ def begin_as_tokenizer(path: Path) -> WhisperForConditionalGeneration:
             torch.nn.init.zeros_(part.weight)
             torch.nn.init.zeros_(part.bias)
     return whisper
+
+
+class TokenizerSizes(NamedTuple):
+    """How large an S3 tokenizer is."""
+
+    blocks: int
+    hidden: int  # channels between the two linear layers of a block
+
+
+def tokenizer_sizes(path: Path) -> TokenizerSizes:
+    """Read how large an S3 tokenizer is."""
+    shapes = {name: value.shape for name, value in onnx2torch(str(path)).items() if name.startswith("encoder.blocks.")}
+    return TokenizerSizes(1 + max(int(name.split(".")[2]) for name in shapes), shapes["encoder.blocks.0.mlp.0.bias"][0])
+
+
+@torch.no_grad()
+def graft(
+    lower: WhisperForConditionalGeneration,
+    upper: WhisperForConditionalGeneration,
+    sizes: TokenizerSizes,
+    batches: Iterable[Tensor],
+    sampled_frames: int,
+) -> float:
+    """Put the blocks of an encoder on top of those that another one has from the S3 tokenizer.
+
+    The feed-forward layer of the last of these is made anew, by least squares: from what the tokenizer's hidden
+    channels compute, and a linear map of what they listen to, in those that it did not have (gelu(x) - gelu(-x) = x),
+    it gives the states that the next block knows.
+
+    Args:
+        lower: began as the tokenizer, see `begin_as_tokenizer`; gets the other one's later blocks.
+        upper: what these are taken from.
+        sizes: of the tokenizer.
+        batches: log-mels [B, 128, 2 (L + 4)] to fit with.
+        sampled_frames: of the silence behind them, see `encode`.
+
+    Returns:
+        the share of the variance of the states that the next block knows which it is given.
+
+    Raises:
+        ValueError: the tokenizer's hidden channels leave too few, or the encoders differ in size.
+    """
+    encoder, other = lower.model.encoder, upper.model.encoder
+    hidden, linear = sizes.hidden, slice(sizes.hidden, sizes.hidden + WIDTH)
+    opposite = slice(sizes.hidden + WIDTH, sizes.hidden + 2 * WIDTH)
+    if opposite.stop > _HIDDEN or lower.config.encoder_attention_heads != upper.config.encoder_attention_heads:
+        raise ValueError(
+            f"a tokenizer with {hidden} hidden channels and {lower.config.encoder_attention_heads} heads, and a "
+            f"Whisper with {upper.config.encoder_attention_heads} heads; expected at most {_HIDDEN - 2 * WIDTH} and as "
+            "many heads in both"
+        )
+    last = encoder.layers[sizes.blocks - 1]
+    found: dict[str, Tensor] = {}
+    taps = [
+        last.final_layer_norm.register_forward_pre_hook(lambda _, given: found.update(before=given[0])),
+        other.layers[sizes.blocks].self_attn_layer_norm.register_forward_pre_hook(
+            lambda _, given: found.update(wanted=given[0])
+        ),
+    ]
+    inputs, targets, states = [], [], []
+    for number, mels in enumerate(batches):
+        for part in (encoder, other):  # both hear the same of the silence
+            encode(part, mels, MID_LAYER, sampled_frames, torch.Generator().manual_seed(number))
+        before = found["before"].flatten(0, 1)
+        heard = last.final_layer_norm(before)
+        inputs.append(torch.cat([F.gelu(last.fc1(heard))[:, :hidden], heard], dim=1))
+        states.append(found["wanted"].flatten(0, 1))
+        targets.append(states[-1] - before)
+    for tap in taps:
+        tap.remove()
+    x, y = torch.cat(inputs).double(), torch.cat(targets).double()
+    weight, bias = ridge(x, y, _GRAFT_RIDGE)
+    lost = (x @ weight.T + bias - y).square().mean() / torch.cat(states).double().var(dim=0).mean()
+    last.fc1.weight[linear], last.fc1.bias[linear] = torch.eye(WIDTH), 0.0
+    last.fc1.weight[opposite], last.fc1.bias[opposite] = -torch.eye(WIDTH), 0.0
+    last.fc2.weight.zero_()
+    last.fc2.weight[:, :hidden] = weight[:, :hidden].float()
+    last.fc2.weight[:, linear], last.fc2.weight[:, opposite] = weight[:, hidden:].float(), -weight[:, hidden:].float()
+    last.fc2.bias.copy_(bias)
+    for mine, theirs in zip(encoder.layers[sizes.blocks :], other.layers[sizes.blocks :], strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    encoder.layer_norm.load_state_dict(other.layer_norm.state_dict())
+    return 1.0 - lost.item()
 
 
 def begin_as_earlier(path: Path) -> tuple[WhisperForConditionalGeneration, dict[str, Tensor] | None]:

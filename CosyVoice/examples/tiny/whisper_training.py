@@ -24,6 +24,7 @@ from unit_codes import unit_codes
 
 CLEAR_FRAMES = 4  # behind the longest recording: the convolutions' edge, then pure silence
 IGNORED = -100  # label of frames that say nothing about the loss
+_SHARPNESS = 40.0  # of a unit's name at first: the two nearest codes differ by about .03
 
 
 class States(NamedTuple):
@@ -31,6 +32,7 @@ class States(NamedTuple):
 
     mid: Tensor  # [B, L, D] output of block `mid_layer`, not normalised
     final: Tensor  # [B, L, D] after the last LayerNorm
+    early: Tensor | None = None  # [B, L, D] output of block `early_layer`, not normalised
 
 
 class Losses(NamedTuple):
@@ -47,7 +49,12 @@ class Losses(NamedTuple):
 
 
 def encode(
-    encoder: WhisperEncoder, mels: Tensor, mid_layer: int, sampled_frames: int, generator: torch.Generator | None
+    encoder: WhisperEncoder,
+    mels: Tensor,
+    mid_layer: int,
+    sampled_frames: int,
+    generator: torch.Generator | None,
+    early_layer: int = 0,
 ) -> States:
     """Run a Whisper encoder as if each recording were followed by silence up to the end of its window.
 
@@ -62,6 +69,7 @@ def encode(
         mid_layer: the block whose output is wanted too.
         sampled_frames: M; as many as there are, or more, takes every one in order.
         generator: draws them, on the CPU; None: torch's global one.
+        early_layer: a block before that whose output is wanted as well; 0: none.
 
     Returns:
         the states of the first L frames.
@@ -80,12 +88,14 @@ def encode(
     weights = x.new_zeros(length + count)
     if count:
         weights[length:] = math.log(silent_frames / count)
-    mid = x
+    mid, early = x, None
     for number, layer in enumerate(encoder.layers, 1):
         x = _block(layer, x, weights)
         if number == mid_layer:
             mid = x[:, :length]
-    return States(mid, encoder.layer_norm(x[:, :length]))
+        if number == early_layer:
+            early = x[:, :length]
+    return States(mid, encoder.layer_norm(x[:, :length]), early)
 
 
 def _block(layer: WhisperEncoderLayer, x: Tensor, weights: Tensor) -> Tensor:
@@ -158,6 +168,30 @@ class FrameTeacher(nn.Module):
             phone[1],
             unit[1],
         )
+
+
+class UnitNames(nn.Module):
+    """Names S3 units by the codebook that they were made with.
+
+    The tokenizer takes the code nearest to the direction of its last state. So do these logits, as sharply as they have
+    learned to; the states may differ from the tokenizer's by a linear map.
+
+    Args:
+        codes: of the units that are classes, [K, D] float32.
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.to_direction = nn.Linear(codes.shape[1], codes.shape[1])
+        self.sharpness = nn.Parameter(torch.tensor(_SHARPNESS))
+        nn.init.eye_(self.to_direction.weight)
+        nn.init.zeros_(self.to_direction.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Compare states [..., D] with every unit's code, [..., K] float32."""
+        directions = F.normalize(self.to_direction(states).float(), dim=-1)
+        return self.sharpness * (directions @ self.codes.T - self.codes.square().sum(dim=1) / 2)
 
 
 def _named(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
