@@ -274,6 +274,9 @@ def test_an_earlier_model_with_narrower_layers_is_gone_on_from(tmp_path: Path) -
     torch.testing.assert_close(second.final, first.final)
     with pytest.raises(ValueError, match="expected 8 blocks of width 128"):
         whisper_start.begin_as_earlier(tmp_path / "thin")
+    for missing in (tmp_path, tmp_path / "last.pt"):
+        with pytest.raises(FileNotFoundError, match=r"expected last\.pt of train_whisper\.py, or a folder"):
+            whisper_start.begin_as_earlier(missing)
 
 
 def test_every_utterance_stands_in_one_row_of_a_batch_that_is_not_too_large() -> None:

@@ -194,6 +194,11 @@ def begin_as_earlier(path: Path) -> tuple[WhisperForConditionalGeneration, dict[
         FileNotFoundError: there is no such file.
         ValueError: it is of another size.
     """
+    if not (path / "model.safetensors" if path.is_dir() else path).is_file():
+        raise FileNotFoundError(
+            f"{path}: expected last.pt of train_whisper.py, or a folder with a Whisper's config.json and "
+            "model.safetensors in it, as CosyVoice-tiny/whisper; run train_whisper.py, or name the right one"
+        )
     if path.is_dir():
         earlier = WhisperForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         heads, found, teacher = earlier.config.encoder_attention_heads, earlier.model.encoder.state_dict(), None
