@@ -424,12 +424,15 @@ def test_the_parts_that_hear_a_recording_are_taken_where_they_were_trained(tmp_p
         (work / "exp" / name).mkdir(parents=True)
         torch.save(load_config(config, [part])[part].state_dict(), work / "exp" / name / f"{name}.pt")
     if trained:
-        (work / "taste.pt").write_bytes(b"parts")
+        torch.save({"parts": torch.zeros(1000)}, work / "taste.pt")
     (tmp_path / "model").mkdir()
     assemble.build_folder(tmp_path / "model", work, config)
     assert (tmp_path / "model" / "llm.pt").is_file()
     assert (tmp_path / "model" / "taste.pt").exists() == trained
-    assert not trained or (tmp_path / "model" / "taste.pt").read_bytes() == b"parts"
+    if trained:
+        written = [torch.load(folder / "taste.pt", weights_only=True)["parts"] for folder in (work, tmp_path / "model")]
+        assert torch.equal(*written)
+        assert 4 * (tmp_path / "model" / "taste.pt").stat().st_size < (work / "taste.pt").stat().st_size
 
 
 def test_the_readme_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def build_folder(folder: Path, work_dir: Path, config: Path) -> None:
         if not name.endswith(".pt"):
             shutil.copyfile(path, folder / name)
     if (work_dir / PARTS_FILE).is_file():
-        shutil.copyfile(work_dir / PARTS_FILE, folder / PARTS_FILE)
+        compress(work_dir / PARTS_FILE, folder / PARTS_FILE)
     for kept in _PARTS.values():
         write_half(folder / f"{kept}.pt", config, kept, sources[f"{kept}.pt"][1])
     write_speakers(folder / "spk2info.pt", work_dir / "corpus" / "train")
@@ -118,9 +119,20 @@ def save_compressed(state: Mapping[str, Tensor], path: Path) -> None:
     """
     plain = io.BytesIO()
     torch.save(dict(state), plain)
-    with zipfile.ZipFile(plain) as records, zipfile.ZipFile(path, "w") as out:
-        for record in records.infolist():  # ZipInfo has a fixed date: equal weights give equal files
-            out.writestr(zipfile.ZipInfo(record.filename), records.read(record), zipfile.ZIP_DEFLATED, compresslevel=9)
+    compress(plain, path)
+
+
+def compress(source: Path | BinaryIO, path: Path) -> None:
+    """Copy what `torch.save` wrote, its records compressed; equal contents give equal files.
+
+    Args:
+        source: what it wrote.
+        path: the file to write.
+    """
+    with zipfile.ZipFile(source) as records, zipfile.ZipFile(path, "w") as out:
+        for record in records.infolist():
+            fixed = zipfile.ZipInfo(record.filename)  # its date always is the same
+            out.writestr(fixed, records.read(record), zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def write_speakers(path: Path, split: Path) -> None:
