@@ -22,7 +22,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,8 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
 from corpus_reader import Spoken, read_split  # noqa: E402
-from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from frame_training import FrameTraining  # noqa: E402
+from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from s3tokenizer.utils import onnx2torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from train_whisper import (  # noqa: E402
@@ -97,8 +97,6 @@ NUM_WORKERS = 0  # processes that prepare the recordings and their batches; 12 b
 DEVICE = "auto"  # auto, cpu, cuda
 
 _FITTED_BATCHES = 60  # of clean rows, for everything that is fitted
-_SAY_EVERY = 100  # steps
-_MEASURED_FRAMES = 10_000  # of a batch of DEV
 _NAMES_DOUBT = 1e-6  # of least squares, as a share of a channel's mean square
 _DOUBT = 0.1  # of the mean variance of states, added to all directions' when they are compared
 _DECIDES_TRAINING = (
@@ -211,7 +209,7 @@ def read_recordings(settings: Settings) -> tuple[list[Example], list[Example], T
     return *found, occurring
 
 
-class Sharpening(LongTraining):
+class Sharpening(FrameTraining):
     """The training as far as it has come.
 
     Args:
@@ -238,17 +236,9 @@ class Sharpening(LongTraining):
         tokenizer: Path,
         dtype: torch.dtype,
     ) -> None:
-        lengths = [len(example.phones) for example in learned]
-
-        @lru_cache(maxsize=2)  # of the epoch in work, and of the next one, which the workers may have begun
-        def plan(epoch: int) -> list[list[list[int]]]:
-            draw = random.Random(f"{settings.seed}/{epoch}")  # an epoch does not depend on earlier ones
-            return plan_batches(lengths, settings.frames_per_batch, settings.joined_share, draw)
-
-        super().__init__(settings, plan)
+        super().__init__(settings, learned, measured, Apart._fields)
         self.whisper, self.earlier, self.names, self.codes, self.dtype = whisper, earlier, names, codes, dtype
         self.encoder: WhisperEncoder = whisper.model.encoder
-        self.learned, self.measured, self.plan = learned, measured, plan
         self.sizes = tokenizer_sizes(tokenizer)
         self.device = codes.device
         self.deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
@@ -270,7 +260,6 @@ class Sharpening(LongTraining):
         self.wanted: Wanted | None = None
         self.measured_as: dict[str, float] = {}
         self.batches: Iterator[Batch] | None = None
-        self.unlogged: list[Tensor] = []  # of the steps since the last line
 
     def to(self, device: torch.device) -> None:
         """Move everything that is computed with."""
@@ -436,45 +425,22 @@ class Sharpening(LongTraining):
             (names.argmax(dim=1) == units).float().mean(),
         )
 
-    def log(self, share: float) -> None:
-        """Print the means of the steps since the last line, every hundred steps.
-
-        Args:
-            share: how much of the training is done, from 0 to 1.
-
-        Raises:
-            ValueError: a loss is no number.
-        """
-        if self.step % _SAY_EVERY == 0 and self.unlogged:
-            speed = self.step / max(self.seconds, 1e-9)
-            print(f"step {self.step}  {share:.0%}  {speed:.1f} steps/s  {_shown(self._means())}", flush=True)
-
-    def _means(self) -> Tensor:
-        """How far apart the steps since the last call were."""
-        means = torch.stack(self.unlogged).mean(dim=0).cpu()
-        if not means.isfinite().all():
-            raise ValueError(f"no finite loss in the steps up to {self.step}: {_shown(means)}; lower LR")
-        self.unlogged = []
-        return means
-
     @torch.no_grad()
     def measure(self) -> None:
         """Score the measured utterances as they are."""
-        lengths = [len(example.phones) for example in self.measured]
         found, frames = [], []
         generator = torch.Generator().manual_seed(0)
-        for rows in plan_batches(lengths, _MEASURED_FRAMES, 0.0, random.Random(0)):
-            batch = collate([[self.measured[i] for i in row] for row in rows])
+        for batch in self.measured_batches():
             found.append(torch.stack(list(self._apart(batch, batch.mels.float(), generator))).cpu())
             frames.append(float((batch.units != IGNORED).sum()))
         means = (torch.stack(found) * torch.tensor(frames)[:, None]).sum(dim=0) / sum(frames)
-        print(f"-- {self.settings.dev} after {self.step} steps: {_shown(means)}", flush=True)
+        print(f"-- {self.settings.dev} after {self.step} steps: {self.shown(means)}", flush=True)
         self.measured_as = {name: round(value, 4) for name, value in zip(Apart._fields, means.tolist(), strict=True)}
 
     def save(self) -> None:
         """Write everything that the training depends on."""
         if self.unlogged:
-            self._means()  # nothing is saved after a loss that is no number
+            self.means()  # nothing is saved after a loss that is no number
         save_checkpoint(self.settings.out / "last.pt", self.epoch, self._parts(), self.deciding)
 
     def _parts(self) -> dict[str, Any]:
@@ -498,10 +464,6 @@ def comparing(states: Tensor) -> Tensor:
     variances, axes = torch.linalg.eigh(torch.cov(states.double().T))
     scale = axes @ torch.diag((variances + _DOUBT * variances.mean()).rsqrt()) @ axes.T
     return (scale / (states.double() @ scale).var(dim=0).mean().sqrt()).float()
-
-
-def _shown(means: Tensor) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in zip(Apart._fields, means.tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ SIGTERM, saved.
 from __future__ import annotations
 
 import json
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +35,12 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__fil
 
 from corpus_reader import PHONES, Spoken, phone_classes, read_split  # noqa: E402
 from flite_speech import find_flite  # noqa: E402
-from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from frame_training import FrameTraining  # noqa: E402
+from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
 from unit_codes import unit_codes  # noqa: E402
-from whisper_batches import BANDS, TIMES, Batch, Example, collate, open_batches, plan_batches  # noqa: E402
+from whisper_batches import BANDS, TIMES, Batch, Example, collate, open_batches  # noqa: E402
 from whisper_start import (  # noqa: E402
     MEL_BINS,
     MID_LAYER,
@@ -93,8 +92,6 @@ DEVICE = "auto"  # auto, cpu, cuda
 TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 _SAMPLE_RATE_HZ = 16_000
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
-_SAY_EVERY = 100  # steps
-_MEASURED_FRAMES = 10_000  # of a batch of DEV
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
 _DECIDES_TRAINING = (
     *("splits", "frames_per_batch", "joined_share", "lr", "weight_decay", "grad_clip", "prosody_weight"),
@@ -311,7 +308,7 @@ def text_embeddings(path: str | None, vocabulary: Sequence[int], seed: int) -> T
     return state["text_embedding.weight"].float()[list(vocabulary)].clone()
 
 
-class Listening(LongTraining):
+class Listening(FrameTraining):
     """The training as far as it has come.
 
     Args:
@@ -336,16 +333,9 @@ class Listening(LongTraining):
         start: str,
         dtype: torch.dtype,
     ) -> None:
-        lengths = [len(example.phones) for example in learned]
-
-        @lru_cache(maxsize=2)  # of the epoch in work, and of the next one, which the workers may have begun
-        def plan(epoch: int) -> list[list[list[int]]]:
-            draw = random.Random(f"{settings.seed}/{epoch}")  # an epoch does not depend on earlier ones
-            return plan_batches(lengths, settings.frames_per_batch, settings.joined_share, draw)
-
-        super().__init__(settings, plan)
+        super().__init__(settings, learned, measured, Losses._fields)
         self.path, self.encoder, self.teacher = folder / "last.pt", whisper.model.encoder, teacher
-        self.learned, self.measured, self.plan, self.dtype = learned, measured, plan, dtype
+        self.dtype = dtype
         self.device = teacher.embeddings.device
         self.deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
         self.deciding |= {"text_embedding": digest([teacher.embeddings.cpu()]), "start": start}
@@ -356,7 +346,6 @@ class Listening(LongTraining):
             groups, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
         )
         self.batches: Iterator[Batch] = iter(())
-        self.unlogged: list[Tensor] = []  # of the steps since the last line
 
     def go_on(self) -> None:
         """Take up what an earlier run saved, if one did, and let the batches be made from there on.
@@ -398,54 +387,24 @@ class Listening(LongTraining):
             states = encode(self.encoder, mels.float(), MID_LAYER, self.settings.sampled_frames, generator)
             return self.teacher(states, *labels)
 
-    def log(self, share: float) -> None:
-        """Print the means of the steps since the last line, every hundred steps.
-
-        Args:
-            share: how much of the training is done, from 0 to 1.
-
-        Raises:
-            ValueError: a loss is no number.
-        """
-        if self.step % _SAY_EVERY == 0 and self.unlogged:
-            speed = self.step / max(self.seconds, 1e-9)
-            shown = _shown(self._means())
-            print(
-                f"step {self.step}  {share:.0%}  {self.passes():.1f} passes  {speed:.1f} steps/s  {shown}", flush=True
-            )
-
-    def _means(self) -> Tensor:
-        """What the steps since the last call cost."""
-        means = torch.stack(self.unlogged).mean(dim=0).cpu()
-        if not means.isfinite().all():
-            raise ValueError(f"no finite loss in the steps up to {self.step}: {_shown(means)}")
-        self.unlogged = []
-        return means
-
     @torch.no_grad()
     def measure(self) -> None:
         """Score the measured utterances as they are."""
-        lengths = [len(example.phones) for example in self.measured]
-        plan = plan_batches(lengths, _MEASURED_FRAMES, 0.0, random.Random(0))
         generator = torch.Generator().manual_seed(0)
-        batches = [collate([[self.measured[i] for i in row] for row in rows]) for rows in plan]
+        batches = list(self.measured_batches())
         losses = torch.stack([torch.stack(list(self._losses(batch, generator))) for batch in batches]).cpu()
         frames = torch.tensor([float((batch.phones != IGNORED).sum()) for batch in batches])
         means = (losses * frames[:, None]).sum(dim=0) / frames.sum()
-        print(f"-- {self.settings.dev} after {self.step} steps: {_shown(means)}", flush=True)
+        print(f"-- {self.settings.dev} after {self.step} steps: {self.shown(means)}", flush=True)
 
     def save(self) -> None:
         """Write everything that the training depends on."""
         if self.unlogged:
-            self._means()  # nothing is saved after a loss that is no number
+            self.means()  # nothing is saved after a loss that is no number
         save_checkpoint(self.path, self.epoch, self._parts(), self.deciding)
 
     def _parts(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "teacher": self.teacher, "optimizer": self.optimizer, "progress": self}
-
-
-def _shown(means: Tensor) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in zip(Losses._fields, means.tolist(), strict=True))
 
 
 def write_whisper(whisper: WhisperForConditionalGeneration, folder: Path) -> None:
