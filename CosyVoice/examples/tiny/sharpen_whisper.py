@@ -307,9 +307,10 @@ class Sharpening(FrameTraining):
             if stop_requested():
                 return False
             batch = next(batches)
+            mels, units = batch.mels.to(self.device).float(), batch.units.to(self.device)
             with self._autocast():
-                mels, units = batch.mels.to(self.device).float(), batch.units.to(self.device)
-                logits = self.names(encode(shallow, mels, blocks, settings.sampled_frames, None).mid)
+                states = encode(shallow, mels, blocks, settings.sampled_frames, None).mid
+            logits = self.names(states.float())  # what tells two codes apart is lost in half precision
             loss = F.cross_entropy(logits.flatten(0, 1), units.flatten(), ignore_index=IGNORED)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learning, settings.grad_clip)
