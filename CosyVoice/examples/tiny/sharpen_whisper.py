@@ -1,4 +1,4 @@
-"""Let an earlier Whisper encoder hear S3 units about as exactly as the tokenizer does; what its states say stays.
+"""Let an earlier Whisper encoder hear S3 units more as the tokenizer does; what its states say mostly stays.
 
 In: splits of `<work-dir>/corpus` with utt2speech_token.pt, the S3 tokenizer that made these units, and the earlier
 encoder's folder. Out, in `<out>/`: config.json, generation_config.json, preprocessor_config.json and model.safetensors
@@ -63,7 +63,7 @@ from whisper_start import MID_LAYER, begin_as_earlier, begin_as_tokenizer, graft
 from whisper_training import IGNORED, States, UnitNames, encode  # noqa: E402
 
 from taste.checkpoint import write_json  # noqa: E402
-from taste.linear_fits import ridge  # noqa: E402
+from taste.linear_fits import ridge, widest_directions  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 
@@ -318,7 +318,7 @@ class Sharpening(FrameTraining):
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        self.encoder.load_state_dict(shallow.state_dict(), strict=False)
+        self.encoder.load_state_dict(self.encoder.state_dict() | shallow.state_dict())
         return True
 
     def graft(self) -> None:
@@ -462,7 +462,7 @@ def correct(mid: Tensor, codes: Tensor, to_code: Tensor, bias: Tensor) -> Tensor
 
 def comparing(states: Tensor) -> Tensor:
     """The map [D, D] by which differences of states [N, D] become shares of how much these vary, in all directions."""
-    variances, axes = torch.linalg.eigh(torch.cov(states.double().T))
+    _, axes, variances = widest_directions(states, states.shape[1])
     scale = axes @ torch.diag((variances + _DOUBT * variances.mean()).rsqrt()) @ axes.T
     return (scale / (states.double() @ scale).var(dim=0).mean().sqrt()).float()
 
