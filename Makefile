@@ -31,8 +31,8 @@ demo: setup  ## run all four stages on the embedded model and corpus (about 3 mi
 	$(RUN) utt2text_and_feature.py --jsonl json/train.jsonl
 	$(RUN) utt2text_and_feature.py --jsonl json/test.jsonl
 	PYTHON=$(RUN) bash s3.sh
-	$(RUN) model_code.py --variant text_only --run-name demo_text_only --num-epochs $(DEMO_EPOCHS) --lr 1e-4 --decode-wavs $(DEMO_WAVS)
-	$(RUN) model_code.py --variant simple --run-name demo --num-epochs $(DEMO_EPOCHS) --lr 1e-4 --decode-wavs $(DEMO_WAVS)
+	$(RUN) model_code.py --variant text_only --run-name demo_text_only --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
+	$(RUN) model_code.py --variant simple --run-name demo --num-epochs $(DEMO_EPOCHS) --decode-wavs $(DEMO_WAVS)
 	@echo "Look at loss_curve.png and, in exp/demo/figures/, at *_mel.png (recording, true units, predicted units),"
 	@echo "*_alignment.png (where each text token listens) and units.png. Listen to exp/demo/wavs/."
 

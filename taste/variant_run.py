@@ -1,5 +1,6 @@
 """One run of stage 3: a variant trained and evaluated, from its settings to its results."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -356,9 +357,30 @@ def evaluate_only(
     if checkpoint_path:
         checkpoint = load_checkpoint(checkpoint_path)
         model.load_learned_state(checkpoint.weights)
-        results |= {name: checkpoint.notes["progress"][name] for name in ("best_epoch", "history")}
+        progress = checkpoint.notes["progress"]
+        results |= {
+            "best_epoch": progress["best_epoch"],
+            "history": whole_history(checkpoint_path, progress["history"]),
+        }
     scores = evaluate(model.to(accelerator.device), test_set, settings.batch_size, accelerator)
     return results | {"test": scores.averages()}
+
+
+def whole_history(checkpoint_path: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The epochs of the run that a checkpoint is of, also those behind a `best.pt` that was written before the end.
+
+    Args:
+        checkpoint_path: the checkpoint; the notes of the run's `last.pt` lie beside it as JSON.
+        known: the epochs that the checkpoint itself knows.
+
+    Returns:
+        an entry an epoch, as in metrics.json.
+    """
+    notes_path = checkpoint_path.with_name("last.json")
+    if not notes_path.is_file():
+        return known
+    history = json.loads(notes_path.read_text(encoding="utf-8"))["progress"]["history"]
+    return history if history[: len(known)] == known else known
 
 
 def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_path: Path) -> None:

@@ -21,7 +21,7 @@ from taste.data import UtteranceDataset, open_dataset
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.training import RunStopped
-from taste.variant_run import run_variant, warn_of_misfits
+from taste.variant_run import run_variant, warn_of_misfits, whole_history
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features
 from tests.small_whisper import WIDTH, write_small_whisper
@@ -292,7 +292,7 @@ def test_changed_settings_do_not_mix_with_an_earlier_run(work, capsys):
     before = work.weights("simple")
     assert work.run(lr=0.5) == 1
     told = capsys.readouterr().err
-    assert "LR was 0.0003, is 0.5" in told and "--run-name" in told and "--resume never" in told
+    assert "LR was 3e-05, is 0.5" in told and "--run-name" in told and "--resume never" in told
     assert all(torch.equal(value, work.weights("simple")[name]) for name, value in before.items())
     assert work.run(lr=0.5, run_name="fast") == 0
     assert work.run(lr=0.01, resume="never") == 0
@@ -358,6 +358,17 @@ def test_a_checkpoint_can_be_evaluated_without_training(work):
     assert work.run(num_epochs=0) == 0  # without a path: the best of the run itself
     assert work.metrics()["test"] == work.metrics("look")["test"]
     assert work.metrics()["history"] == trained["history"]
+
+
+def test_a_look_at_the_best_epoch_keeps_those_behind_it(tmp_path):
+    epochs = [{"epoch": number, "test": {"loss": loss}} for number, loss in enumerate((3.0, 2.0, 2.5))]
+    best = tmp_path / "best.pt"
+    assert whole_history(best, epochs[:2]) == epochs[:2]  # nothing lies beside it
+    notes = tmp_path / "last.json"
+    notes.write_text(json.dumps({"progress": {"history": epochs}}))
+    assert whole_history(best, epochs[:2]) == epochs
+    notes.write_text(json.dumps({"progress": {"history": epochs[::-1]}}))
+    assert whole_history(best, epochs[:2]) == epochs[:2]  # another run's
 
 
 def test_the_model_folder_can_be_evaluated_as_it_is(work):
