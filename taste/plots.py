@@ -81,7 +81,9 @@ def plot_comparison(
     losses.set(title="Test loss", xlabel="epoch", ylabel="nats for each unit")
     losses.xaxis.get_major_locator().set_params(integer=True)
     losses.grid(alpha=0.25)
-    losses.legend(frameon=False)
+    below: dict[str, Any] = {"frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    if histories:  # none where nothing was trained
+        losses.legend(ncols=len(histories), **below)  # lines may lie anywhere
     places = np.arange(len(bars))
     for shift, colour, values, label in (
         (-0.2, TRAIN_COLOUR, [top5 for _, top5, _ in bars], "its own recording"),
@@ -92,7 +94,7 @@ def plot_comparison(
     everything = [value for _, top5, wrong in bars for value in (top5, wrong) if value is not None]
     reached.set(title="Teacher-forced top-5 on the test set", ylim=(max(0.0, min(everything) - 0.1), None))
     reached.set_xticks(places, [variant for variant, _, _ in bars])
-    reached.legend(frameon=False, loc="upper left")
+    reached.legend(ncols=2, **below)
     _save(figure, path)
 
 
