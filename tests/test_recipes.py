@@ -559,7 +559,7 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(
         "corpus/{train,phrases,lively,dev,test,lively_dev}/{wav.scp,text,utt2spk,spk2utt,phones,utt2embedding.pt,"
         "spk2embedding.pt,utt2speech_token.pt,parquet/data.list} s3_tokenizer/speech_tokenizer_v1.onnx "
         "speaker_encoder/campplus.onnx exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{flow,hifigan}/metrics.jsonl "
-        "llm_start/llm.pt whisper/model.safetensors "
+        "llm_start/llm.pt flow_start/flow.pt whisper/model.safetensors "
         "CosyVoice-tiny/{README.md,spk2info.pt,llm.pt,flow.pt,hift.pt} evaluation/{test,real}/report.md"
     )
     (tmp_path / "real.jsonl").touch()
@@ -576,9 +576,9 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(
         *["extract_embedding.py"] * (6 if lively else 4),
         *["extract_speech_token.py"] * (6 if lively else 4),
         *["make_parquet_list.py"] * (3 if lively else 2),
-        *["train.py", "average_model.py"],
         *["start_llm.py", "teach_reading.py"],
         *["train.py", "average_model.py"],
+        *["start_flow.py", "train.py", "average_model.py"],
         "train_whisper.py",
         "assemble.py",
         *["evaluate.py"] * 2,
@@ -591,6 +591,7 @@ def test_the_tiny_recipe_gives_its_tools_words_they_know(
     (flow,) = (call for call in calls if call[0].endswith("train.py") and "flow" in call)
     data = Path(flow[flow.index("--train_data") + 1])
     assert data == tmp_path / "work" / ("flow_data.list" if lively else "corpus/train/parquet/data.list")
+    assert flow[flow.index("--checkpoint") + 1] == str(tmp_path / "work" / "flow_start" / "flow.pt")
     expect_understood(calls, monkeypatch)
 
 
@@ -603,13 +604,15 @@ def test_flow_learns_from_lively_speech_too_and_the_minutes_of_the_language_mode
             (corpus / split / name).touch()
     (tmp_path / "work" / "s3_tokenizer").mkdir()
     (tmp_path / "work" / "s3_tokenizer" / "speech_tokenizer_v1.onnx").touch()
-    outputs = "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{flow,hifigan}/metrics.jsonl llm_start/llm.pt"
+    outputs = (
+        "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{flow,hifigan}/metrics.jsonl {llm_start/llm,flow_start/flow}.pt"
+    )
     words = ("--stage", "6", "--stop-stage", "6", "--jobs", "1", "--minutes-llm", "7", "--batch-factor", "4")
     calls = words_of_recipe(TINY / "run.sh", tmp_path, outputs, *words)
     assert (tmp_path / "work" / "flow_data.list").read_text() == "train.tar\nlively.tar\n"
     (teaching,) = (call for call in calls if call[0].endswith("teach_reading.py"))
     assert teaching[teaching.index("--minutes") + 1] == "7" and "--steps" not in teaching
-    assert teaching[teaching.index("--batch-positions") + 1] == "16000"
+    assert teaching[teaching.index("--batch-positions") + 1] == "8000"
 
 
 @pytest.mark.parametrize(("epochs", "averaged"), [(0, 5), (1, 1), (4, 1), (5, 2), (16, 4), (17, 5), (200, 5)])

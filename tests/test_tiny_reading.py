@@ -424,8 +424,12 @@ def test_bfloat16_learns_alike(start) -> None:
 
 def test_a_dtype_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_bf16": fast})
+    for name, fast, wanted in (
+        ("amx_bf16", True, torch.bfloat16),
+        ("avx512_bf16", True, torch.bfloat16),
+        ("amx_bf16", False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name, fast=fast: {name: fast})
         assert pick_dtype("auto", cpu) == wanted and pick_dtype("auto", cuda) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # of another kind of processor
     assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("bfloat16", cpu) == torch.bfloat16

@@ -1,15 +1,17 @@
-"""The start of the tiny recipe's language model: what its text side and its unit embeddings know before training."""
+"""What the tiny recipe's language model and flow know before they are trained."""
 
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY))
 
+import start_flow  # noqa: E402
 import start_llm  # noqa: E402
 from word_times import Span  # noqa: E402
 
@@ -17,7 +19,7 @@ from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.settings import parse_settings  # noqa: E402
 from tests.small_corpus import LEXICON, write_spoken_corpus  # noqa: E402
-from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
+from tests.small_training import CODES, TEXT_TOKENS, made_up_batch, write_config  # noqa: E402
 
 WORDS = 12  # tokens that the made-up texts use
 
@@ -101,4 +103,36 @@ def test_a_wish_to_stop_ends_it(model) -> None:
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runpy.run_path(str(TINY / "start_llm.py"))["main"](["--work-dir", str(tmp_path)]) == 1
+    assert "speech_tokenizer_v1.onnx: there is no such file" in capsys.readouterr().err
+
+
+def test_a_flow_begins_where_speech_is_loud_and_with_its_units_near_those_that_sound_alike(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "small.yaml")
+    corpus = write_spoken_corpus(tmp_path, {"train": 6}) / "corpus"
+    generator = torch.Generator().manual_seed(3)
+    for line in (corpus / "train" / "wav.scp").read_text().splitlines():
+        soundfile.write(line.split()[1], 0.01 * torch.randn(8000, generator=generator).numpy(), 16_000)
+    mean = start_flow.mean_mel(config, start_flow.read_split(corpus, "train"))
+    assert mean.shape == (80,) and (mean < -1).all()
+    torch.manual_seed(0)
+    flow = load_model(config, "flow")
+    codes = torch.randn(CODES, 7, generator=generator)
+    codes[1] = codes[0] + 0.01
+    batch = made_up_batch(4, gan=False)
+    batch["speech_feat"] += mean
+
+    def loss() -> float:
+        torch.manual_seed(1)
+        return flow(batch, torch.device("cpu"))["loss"].item()
+
+    drawn = loss()
+    start_flow.begin(flow, codes, mean)
+    assert loss() < 0.5 * drawn
+    embedded = flow.input_embedding.weight
+    assert torch.cosine_similarity(embedded[0], embedded[1], dim=0) > 0.99
+    assert embedded.square().mean().item() == pytest.approx(1.0, rel=0.01)
+
+
+def test_start_flow_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runpy.run_path(str(TINY / "start_flow.py"))["main"](["--work-dir", str(tmp_path)]) == 1
     assert "speech_tokenizer_v1.onnx: there is no such file" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import nn
 from cosyvoice.utils.checkpoint import flat_settings
 from cosyvoice.utils.config import ConfigError, has_key, load_config, read_config
 from cosyvoice.utils.executor import Batch, TrainConfig, Turn
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
 from cosyvoice.utils.prefetch import prefetched
 from cosyvoice.utils.scheduler import build_scheduler
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.data import IterableDataset
 
 MODELS = ("llm", "flow", "hifigan")
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": MuonWithAdamW}
 TRAIN_CONF_KEYS = frozenset(
     (
         *("optim", "optim_conf", "scheduler", "scheduler_conf", "max_epoch", "grad_clip", "accum_grad"),
@@ -150,7 +151,7 @@ def build_turns(model: nn.Module, conf: Mapping[str, Any], config: TrainConfig, 
     turns = []
     for name, part, suffix in parts:
         parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        optimizer = _optimizer(parameters, conf[f"optim{suffix}"], conf[f"optim_conf{suffix}"])
+        optimizer = _optimizer(part, conf[f"optim{suffix}"], conf[f"optim_conf{suffix}"])
         scheduler = build_scheduler(
             conf[f"scheduler{suffix}"],
             optimizer,
@@ -163,12 +164,13 @@ def build_turns(model: nn.Module, conf: Mapping[str, Any], config: TrainConfig, 
     return turns
 
 
-def _optimizer(parameters: list[nn.Parameter], name: str, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(part: nn.Module, name: str, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"optim is {name!r}, wanted one of {', '.join(OPTIMIZERS)}")
+    weights = muon_groups(part) if name == "muon" else [one for one in part.parameters() if one.requires_grad]
     try:
         # one pass over the weights for all of them: small models spend a tenth of a step here otherwise
-        return OPTIMIZERS[name](parameters, **{"fused": True, **settings})
+        return OPTIMIZERS[name](weights, **{"fused": True, **settings})
     except TypeError as error:
         raise ValueError(f"optim_conf {dict(settings)} does not fit {name}: {error}") from error
 

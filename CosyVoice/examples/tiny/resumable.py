@@ -46,7 +46,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """What matrix products are computed in.
 
     Args:
-        name: float32 (TF32 on a GPU), bfloat16, or auto: bfloat16 on a CPU that multiplies it by itself (AMX).
+        name: float32 (TF32 on a GPU), bfloat16, or auto: bfloat16 on a CPU that multiplies it by itself (AMX, or
+            AVX-512's BF16).
         device: where.
 
     Returns:
@@ -57,7 +58,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"DTYPE is {name!r}; expected auto, float32 or bfloat16")
-    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    capable = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (capable.get("amx_bf16", False) or capable.get("avx512_bf16", False))
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else torch.float32
 
 

@@ -41,9 +41,9 @@ TEST_SIZE="${TEST_SIZE:-200}"                  # utterances in test
 TOKENIZER_EPOCHS="${TOKENIZER_EPOCHS:-}"       # passes over the corpus, S3 tokenizer; empty takes the script's number
 OPEN_EPOCHS="${OPEN_EPOCHS:-}"                 # of them, at the start, without the quantizer
 SPEAKER_EPOCHS="${SPEAKER_EPOCHS:-}"           # the same, speaker encoder
-MINUTES_LLM="${MINUTES_LLM:-50}"               # of training the language model, all runs together
-MINUTES_FLOW="${MINUTES_FLOW:-65}"             # the same, flow
-MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-110}"      # the same, vocoder
+MINUTES_LLM="${MINUTES_LLM:-75}"               # of training the language model, all runs together
+MINUTES_FLOW="${MINUTES_FLOW:-35}"             # the same, flow
+MINUTES_HIFIGAN="${MINUTES_HIFIGAN:-40}"       # the same, vocoder
 MINUTES_WHISPER="${MINUTES_WHISPER:-}"         # the same, Whisper encoder; empty takes the script's number of steps
 BATCH_FACTOR="${BATCH_FACTOR:-1}"              # times the usual batches in stages 6 and 7; 4 on a GPU
 CHECK_EVERY="${CHECK_EVERY:-1}"                # epochs between two cross-validations of flow, vocoder; 8 on a GPU
@@ -159,8 +159,17 @@ train_llm() {
     [[ -z "$MAX_STEPS" ]] || FLAGS=(--steps "$MAX_STEPS")
     how --threads "$THREADS_A_JOB" --device "$DEVICE"
     step stage6-llm "$PYTHON" "$HERE/teach_reading.py" --work-dir "$WORK_DIR" --config "$CONFIG" \
-        --splits "$(IFS=, && echo "${LLM_SPLITS[*]}")" --batch-positions $((4000 * BATCH_FACTOR)) --dtype "$DTYPE_LLM" \
+        --splits "$(IFS=, && echo "${LLM_SPLITS[*]}")" --batch-positions $((2000 * BATCH_FACTOR)) --dtype "$DTYPE_LLM" \
         "${FLAGS[@]}"
+}
+
+# begin_flow FILE: where the flow's training begins.
+# shellcheck disable=SC2317 # `together` runs it
+begin_flow() {
+    needs 0 "$CORPUS"/train/{wav.scp,text,utt2spk,phones}
+    needs 1 "$S3_TOKENIZER"
+    gives "$1"
+    step stage6-flow-start "$PYTHON" "$HERE/start_flow.py" --work-dir "$WORK_DIR" --config "$CONFIG"
 }
 
 # shellcheck disable=SC2317 # `together` runs it
@@ -170,6 +179,8 @@ train_model() {
         return
     fi
     local minutes="MINUTES_${1^^}" config="$WORK_DIR/$1.yaml" data="$CORPUS/train/parquet/data.list"
+    local start="$WORK_DIR/flow_start/flow.pt"
+    [[ "$1" != flow ]] || begin_flow "$start"
     needs 5 "$CORPUS"/{train,dev}/parquet/data.list
     if [[ "$1" == flow && " ${SPLITS[*]} " == *" lively "* ]]; then
         needs 5 "$CORPUS/lively/parquet/data.list"
@@ -178,12 +189,16 @@ train_model() {
         cat "$CORPUS"/{train,lively}/parquet/data.list >"$data.new"
         keep "$data"
     fi
-    sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $((4000 * BATCH_FACTOR))/" \
+    sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $((1000 * BATCH_FACTOR))/" \
         -e "s/^    batch_size: 8$/    batch_size: $((8 * BATCH_FACTOR))/" "$CONFIG" >"$config.new"
     keep "$config"
     gives "$EXP/$1/metrics.jsonl"
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
     FLAGS=()
+    if [[ "$1" == flow ]]; then
+        needs 6 "$start"
+        FLAGS=(--checkpoint "$start")
+    fi
     flag --max_epoch "$MAX_EPOCH"
     flag --max_steps "$MAX_STEPS"
     flag --total_minutes "${!minutes}"
@@ -273,7 +288,7 @@ main() {
     if stage 3 "speaker vectors"; then for split in "${SPLITS[@]}"; do embed_split "$split"; done; fi
     if stage 4 "speech tokens"; then for split in "${SPLITS[@]}"; do tokenize_split "$split"; done; fi
     if stage 5 "Parquet shards"; then for split in "${PACKED[@]}"; do pack_split "$split"; done; fi
-    if stage 6 "llm, flow, hifigan"; then together "$JOBS" train_model hifigan llm flow; fi # the longest first
+    if stage 6 "llm, flow, hifigan"; then together "$JOBS" train_model llm hifigan flow; fi # the longest first
     if stage 7 "Whisper encoder"; then train_whisper; fi
     if stage 8 "assembly"; then assemble; fi
     if stage 9 "evaluation"; then evaluate; fi

@@ -59,7 +59,6 @@ DEVICE = "auto"  # auto, cpu, cuda
 
 _MOST_PHONES = 8  # of a token that are asked for; behind its last one stands the pause
 _GRAD_CLIP = 1.0
-_CODE_SCALE = 1.0  # standard deviation of the unit embeddings' channels, that of torch's own start
 _SPLITS = ("train", "phrases", "lively")  # all that the language model will read
 _TEXT_SIDE = ("text_embedding", "text_encoder", "text_encoder_affine_layer")
 
@@ -155,15 +154,27 @@ def place_codes(model: TransformerLM, codes: Tensor) -> None:
         model: the language model; `speech_embedding` and `llm_decoder` are changed.
         codes: the tokenizer's codebook, [units, C]; turned at random into the model's width where C is another one.
     """
-    width = model.speech_embedding.embedding_dim
+    centred = spread_codes(codes, model.speech_embedding.embedding_dim)
+    with torch.no_grad():
+        drawn = model.llm_decoder.weight.std()
+        model.speech_embedding.weight.copy_(centred)
+        model.llm_decoder.weight[: len(centred)] = drawn * centred
+
+
+def spread_codes(codes: Tensor, width: int) -> Tensor:
+    """Scale a tokenizer's codes to be embeddings: centred, with a mean square of 1, as torch draws them.
+
+    Args:
+        codes: its codebook, [units, C].
+        width: wanted; where C is another one, the codes are turned at random.
+
+    Returns:
+        [units, width], float32.
+    """
     centred = codes - codes.mean(dim=0)
     if codes.shape[1] != width:
         centred = centred @ torch.randn(codes.shape[1], width)
-    centred = F.normalize(centred, dim=1) * width**0.5
-    with torch.no_grad():
-        drawn = model.llm_decoder.weight.std()
-        model.speech_embedding.weight.copy_(_CODE_SCALE * centred)
-        model.llm_decoder.weight[: len(centred)] = drawn * centred
+    return F.normalize(centred, dim=1) * width**0.5
 
 
 def mark_unused_tokens(model: TransformerLM, texts: Sequence[Pronounced]) -> None:

@@ -46,6 +46,7 @@ from cosyvoice.llm.llm import TransformerLM  # noqa: E402
 from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.linear_fits import ridge  # noqa: E402
@@ -61,8 +62,8 @@ SPLITS = ("train", "phrases", "lively")  # of the corpus, to learn from
 DEV = "dev"  # the split that is measured
 STEPS = 6_000  # of the optimizer; they set the schedule where MINUTES does not
 MINUTES = None  # float: train by the clock instead, all runs together; the schedule follows it
-BATCH_POSITIONS = 4_000  # of the language model in a batch, padding included; 20,000 on a GPU
-LR = 1.5e-3  # peak learning rate of AdamW
+BATCH_POSITIONS = 2_000  # of the language model in a batch, padding included; 20,000 on a GPU
+LR = 4e-3  # peak learning rate of Muon and AdamW
 LESSON_LR = 1.5e-3  # the same of the parts that end with the lessons
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -358,16 +359,12 @@ class Teaching(LongTraining):
         )
         self.folder, self.lessons = folder, lessons
         self.learned, self.measured, self.start, self.dtype = learned, measured, start, dtype
-        groups = []
-        for peak, belongs in ((settings.lr, True), (settings.lesson_lr, False)):
-            for decay, is_matrix in ((settings.weight_decay, True), (0.0, False)):
-                weights = [
-                    weight
-                    for name, weight in lessons.named_parameters()
-                    if weight.requires_grad and name.startswith("llm.") == belongs and (weight.dim() > 1) == is_matrix
-                ]
-                groups.append({"params": weights, "weight_decay": decay, "peak_lr": peak})
-        self.optimizer = torch.optim.AdamW(groups, betas=_ADAM_BETAS, fused=True)
+        own, beside = muon_groups(lessons.llm, adamw=["llm_decoder"]), muon_groups(_without(lessons, "llm"))
+        groups = [{**group, "peak_lr": settings.lr} for group in own]
+        groups += [{**group, "peak_lr": settings.lesson_lr} for group in beside]
+        for group in groups:
+            group["weight_decay"] = settings.weight_decay if group["muon"] else 0.0
+        self.optimizer = MuonWithAdamW(groups, betas=_ADAM_BETAS, fused=True)
         self.learning = [weight for group in groups for weight in group["params"]]
         self.unlogged: list[Tensor] = []  # of the steps since the last line
 
@@ -479,6 +476,10 @@ class Teaching(LongTraining):
     def _deciding(self) -> dict[str, Any]:
         values = self.settings.to_dict()
         return {"start": self.start, **{name: values[name] for name in _DECIDES_TRAINING}}
+
+
+def _without(module: nn.Module, name: str) -> nn.Module:
+    return nn.ModuleList([part for child, part in module.named_children() if child != name])
 
 
 def _shown(values: Mapping[str, float]) -> str:
