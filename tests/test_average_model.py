@@ -44,6 +44,14 @@ def test_the_last_epochs_are_averaged_where_the_best_are_not_asked_for(training:
     assert torch.equal(average(training, "--num", "2")["matrix"], torch.full((2, 3), 2.5))
 
 
+def test_losses_with_discriminators_are_not_compared_with_those_before(training: Path) -> None:
+    for epoch in (2, 3):
+        loss = 10 * LOSSES[epoch]
+        (training / f"epoch_{epoch}.yaml").write_text(f"loss_dict: {{loss: {loss}, loss_gen: 2.0}}\n")
+    assert average(training, "--num", "1", "--val_best")["counter"].item() == 3
+    assert torch.equal(average(training, "--num", "3", "--val_best")["matrix"], torch.full((2, 3), 2.5))
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [

@@ -5,7 +5,9 @@ Out:  <dst_model>: the mean of the weights, each in the type it has in the files
 
     python CosyVoice/cosyvoice/bin/average_model.py --dst_model exp/llm/llm.pt --src_path exp/llm --num 5 --val_best
 
-Without --val_best it takes the last epochs. Exit codes: 0 done, 1 error, 2 unknown flag.
+Without --val_best it takes the last epochs. With it, only epochs whose loss is the sum of the same parts as the last
+one's are compared, however few they are: of a HiFT that learned alone at first, those with discriminators. Exit codes:
+0 done, 1 error, 2 unknown flag.
 """
 
 import re
@@ -39,6 +41,7 @@ class Epoch(NamedTuple):
     number: int
     loss: float  # of the cross-validation
     weights: Path
+    parts: frozenset[str] = frozenset()  # what that loss is the sum of
 
 
 def list_epochs(folder: Path) -> list[Epoch]:
@@ -63,13 +66,14 @@ def list_epochs(folder: Path) -> list[Epoch]:
             continue  # saved within an epoch, by save_per_step
         weights = path.with_suffix(".pt")
         try:
-            loss = float(YAML(typ="safe").load(path)["loss_dict"]["loss"])
+            losses = YAML(typ="safe").load(path)["loss_dict"]
+            loss = float(losses["loss"])
         except (YAMLError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{path} gives no loss_dict.loss ({error!r})")
             continue
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing, though {path.name} is there")
-        epochs.append(Epoch(int(match[1]), loss, weights))
+        epochs.append(Epoch(int(match[1]), loss, weights, frozenset(losses)))
     if problems:
         raise ValueError("; ".join(problems))
     return sorted(epochs)
@@ -81,7 +85,8 @@ def choose(epochs: Sequence[Epoch], count: int, best: bool) -> list[Epoch]:
     Args:
         epochs: all of them, in order.
         count: how many.
-        best: those with the lowest loss (of equal ones the earlier), else the last.
+        best: those with the lowest loss (of equal ones the earlier) among epochs whose loss has the same parts as the
+            last one's, fewer than `count` where there are no more of these; else the last.
 
     Returns:
         the chosen ones.
@@ -92,7 +97,8 @@ def choose(epochs: Sequence[Epoch], count: int, best: bool) -> list[Epoch]:
     if not 1 <= count <= len(epochs):
         raise ValueError(f"--num is {count}, but there are {len(epochs)} epochs: train longer, or lower --num")
     if best:
-        return sorted(epochs, key=lambda epoch: (epoch.loss, epoch.number))[:count]
+        comparable = [epoch for epoch in epochs if epoch.parts == epochs[-1].parts]
+        return sorted(comparable, key=lambda epoch: (epoch.loss, epoch.number))[:count]
     return list(epochs[-count:])
 
 
