@@ -120,10 +120,9 @@ class TokenizerTeacher(nn.Module):
         state.embed_avg.copy_(codebook[None])
         state.cluster_size.fill_(1.0)
 
-    def reader_parameters(self) -> list[nn.Parameter]:
+    def reader(self) -> nn.ModuleList:
         """What comes after the codes: learns on when the tokenizer is finished."""
-        parts = (self.after_codes, self.blocks, self.final_norm, self.character_head, self.phone_head)
-        return [parameter for part in parts for parameter in part.parameters()]
+        return nn.ModuleList([self.after_codes, self.blocks, self.final_norm, self.character_head, self.phone_head])
 
     @property
     def codebook(self) -> Tensor:

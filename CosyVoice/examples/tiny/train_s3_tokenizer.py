@@ -42,6 +42,7 @@ from s3tokenizer.model import ModelConfig  # noqa: E402
 from seeded_encoders import fit_codebook  # noqa: E402
 
 from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
@@ -319,10 +320,12 @@ class Run:
             self.model.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
             return
         codes = self.tokenize(examples)
-        parameters = self.model.reader_parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=READER_LR, betas=(0.9, 0.98), weight_decay=0.01)
+        reader = self.model.reader()
+        optimizer = MuonWithAdamW(muon_groups(reader), lr=READER_LR, betas=(0.9, 0.98), weight_decay=0.01)
         total = args.reader_epochs * len(plan_batches(examples, args.reader_frames_per_batch, args.seed, 0))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, max(2, round(1.05 * total)), pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, READER_LR, max(2, round(1.05 * total)), pct_start=0.1, cycle_momentum=False
+        )
         codebook = self.model.codebook.detach().cpu()
         self.model.train()
         for epoch in range(args.reader_epochs):
@@ -344,7 +347,7 @@ class Run:
                 loss, parts = recogniser_loss(out, characters, character_lengths, phones, 0.0)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+                torch.nn.utils.clip_grad_norm_(reader.parameters(), GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix(ctc=f"{parts['ctc']:.2f}")
