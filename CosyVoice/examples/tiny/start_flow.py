@@ -51,17 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
-    """Build, measure, write.
+    """Write the flow that its training begins with.
 
     Args:
-        settings: the script's constants.
-        stop_requested: asked before the flow is written.
+        settings: WORK_DIR, CONFIG, S3_TOKENIZER, MEASURED and SEED.
+        stop_requested: asked before anything is written.
 
     Returns:
-        False where it was asked to stop; nothing is written then.
+        False where nothing was written, as it was asked to stop.
 
     Raises:
-        OSError, ValueError: the message is for the person at the keyboard.
+        FileNotFoundError: the tokenizer or the corpus is not there.
+        ValueError: the corpus's tables do not fit together, or the tokenizer is none.
     """
     folder = settings.work_dir / "flow_start"
     print(f"settings of {folder}:\n{settings.describe()}\n")
