@@ -41,7 +41,7 @@ class Epoch(NamedTuple):
     number: int
     loss: float  # of the cross-validation
     weights: Path
-    parts: frozenset[str] = frozenset()  # what that loss is the sum of
+    parts: frozenset[str]  # what that loss is the sum of
 
 
 def list_epochs(folder: Path) -> list[Epoch]:

@@ -151,7 +151,9 @@ def build_turns(model: nn.Module, conf: Mapping[str, Any], config: TrainConfig, 
     turns = []
     for name, part, suffix in parts:
         parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        optimizer = _optimizer(part, conf[f"optim{suffix}"], conf[f"optim_conf{suffix}"])
+        optim = conf[f"optim{suffix}"]
+        weights = muon_groups(part) if optim == "muon" else parameters
+        optimizer = _optimizer(weights, optim, conf[f"optim_conf{suffix}"])
         scheduler = build_scheduler(
             conf[f"scheduler{suffix}"],
             optimizer,
@@ -164,10 +166,9 @@ def build_turns(model: nn.Module, conf: Mapping[str, Any], config: TrainConfig, 
     return turns
 
 
-def _optimizer(part: nn.Module, name: str, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(weights: list[Any], name: str, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"optim is {name!r}, wanted one of {', '.join(OPTIMIZERS)}")
-    weights = muon_groups(part) if name == "muon" else [one for one in part.parameters() if one.requires_grad]
     try:
         # one pass over the weights for all of them: small models spend a tenth of a step here otherwise
         return OPTIMIZERS[name](weights, **{"fused": True, **settings})
