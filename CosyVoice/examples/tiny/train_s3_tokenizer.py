@@ -149,6 +149,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.folder = args.work_dir / "s3_tokenizer"
+        self.reader_path = self.folder / "reader.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         config = ModelConfig(
@@ -315,9 +316,8 @@ class Run:
     def train_reader(self, examples: list[Example]) -> None:
         """Let the recogniser learn on from the finished tokenizer's codes; nothing of the tokenizer changes."""
         args = self.args
-        path = self.folder / "reader.pt"
-        if path.is_file():
-            self.model.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+        if self.reader_path.is_file():
+            self.model.load_state_dict(torch.load(self.reader_path, map_location=args.device, weights_only=True))
             return
         codes = self.tokenize(examples)
         reader = self.model.reader()
@@ -351,7 +351,7 @@ class Run:
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix(ctc=f"{parts['ctc']:.2f}")
-        with atomic_path(path) as unfinished:
+        with atomic_path(self.reader_path) as unfinished:
             torch.save(self.model.state_dict(), unfinished)
 
     @torch.no_grad()
@@ -416,7 +416,8 @@ def train(args: argparse.Namespace) -> int:
         run.take_finished(args.finished)
     else:
         run.resume()
-    if not (run.folder / "metrics.json").is_file():
+    train_set = []
+    if run.epoch < args.epochs or (args.reader_epochs and not run.reader_path.is_file()):
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
     with StopRequest() as stop:
@@ -440,6 +441,8 @@ def train(args: argparse.Namespace) -> int:
     print(f"{path} is written; the recogniser learns on from its codes", flush=True)
     before = run.evaluate(dev_set, quantize=True)
     if args.reader_epochs:
+        if (corpus / "lively").is_dir() and not run.reader_path.is_file():
+            train_set += load_examples(read_split(corpus, "lively"), "log-mels, lively")
         run.train_reader(train_set)
     wrong, tokens = count_disagreements(path, splits["test"])
     metrics = {
@@ -473,8 +476,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--finished", type=Path, help="speech_tokenizer_v1.onnx; only the recogniser learns, from it")
     parser.add_argument("--epochs", type=int, default=16, help="passes over the training set")
     parser.add_argument("--open-epochs", type=int, default=7, help="of them, at the start, without the quantizer")
-    parser.add_argument("--reader-epochs", type=int, default=9, help="passes of the recogniser alone, from the codes")
-    parser.add_argument("--reader-frames-per-batch", type=int, default=4_000, help="the same for those passes")
+    parser.add_argument("--reader-epochs", type=int, default=12, help="passes of the recogniser alone, from the codes")
+    parser.add_argument("--reader-frames-per-batch", type=int, default=3_000, help="the same for those passes")
     parser.add_argument("--frames-per-batch", type=int, default=8_000, help="mel frames, 10 ms each, padding included")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--warm-up-steps", type=int, default=200, help="steps until it is reached")
