@@ -49,6 +49,6 @@ format: $(VENV)/.installed-dev  ## put the code in its format
 
 check: test lint  ## what the continuous integration runs, without the demo
 
-clean:  ## remove what the demo and the tests wrote (not the virtual environment, not downloaded models)
+clean:  ## remove all features, units and runs (not the virtual environment, not downloaded models)
 	rm -rf exp loss_curve.png .pytest_cache .ruff_cache
 	find utt2_output s3_output -mindepth 1 ! -name .gitkeep -delete

@@ -1,7 +1,7 @@
 """Build a model folder in the released CosyVoice-300M layout from a seed, small or at full size, without training.
 
     python CosyVoice/examples/tiny/make_model.py --size tiny --output CosyVoice-tiny      (10 seconds, 30 MB)
-    python CosyVoice/examples/tiny/make_model.py --size 300m --output /tmp/CosyVoice-300M (minutes, 5.5 GB)
+    python CosyVoice/examples/tiny/make_model.py --size 300m --output /tmp/CosyVoice-300M (minutes, 5.4 GB)
 
 In: the sizes' training configurations (conf/cosyvoice.yaml), and the demo corpus (`json/`), to which the audio encoders
 are scaled. Out: cosyvoice.yaml, llm.pt, flow.pt, hift.pt,
