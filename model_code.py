@@ -12,8 +12,9 @@ the alignment of text and recording, the units).
     python model_code.py --num-epochs 0 --resume exp/simple/checkpoints/best.pt    # evaluate and generate only
     accelerate launch --num_processes 4 model_code.py          # four GPUs
 
-The same command goes on where it was stopped or killed. Exit codes: 0 done, 1 error, 2 unknown flag, 130 stopped by
-Ctrl-C, 143 by SIGTERM (both with everything saved).
+The same command goes on where it was stopped or killed (but with --resume never it begins anew). Exit codes: 0 done,
+1 error, 2 unknown flag, 3 done but some recordings could not be encoded, 130 stopped by Ctrl-C, 143 by SIGTERM (both
+with everything saved).
 """
 
 import signal
@@ -26,6 +27,7 @@ import torch
 import taste  # noqa: F401 -- makes cosyvoice importable
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.comparison import compare_variants
+from taste.extraction import SOME_FAILED_EXIT_CODE
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputBusyError
@@ -124,22 +126,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(__file__, globals(), argv)
     with StopRequest() as stop:
         try:
-            run(settings, lambda: stop.requested)
+            return run(settings, lambda: stop.requested)
         except RunStopped as stopped:
-            print(f"model_code.py: {stopped}. The same command goes on from there.", file=sys.stderr)
+            again = "The same command" if settings.resume == "auto" else "The same command with --resume auto"
+            print(f"model_code.py: {stopped}. {again} goes on from there.", file=sys.stderr)
             return stop.exit_code if stop.requested else 128 + signal.SIGTERM  # another process was asked
         except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
             print(f"model_code.py: error: {error}", file=sys.stderr)
             return 1
-    return 0
+        except torch.OutOfMemoryError as error:
+            print(
+                f"model_code.py: error: the device is out of memory ({error}). Halve BATCH_SIZE and double "
+                "ACCUMULATION_STEPS: that is another training, so add --resume never, or another --run-name. Or let "
+                "the new parts alone learn: --freeze-llm true",
+                file=sys.stderr,
+            )
+            return 1
 
 
-def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
+def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
     """What MODE and VARIANT ask for.
 
     Args:
         settings: the script's constants, as the command line left them.
         stop_requested: asked between batches.
+
+    Returns:
+        the exit code: 0, or 3 where recordings could not be encoded.
 
     Raises:
         RunStopped: it was asked to stop.
@@ -154,11 +167,10 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
         torch.cuda.set_device(device)
     sampling_of(settings)  # a wrong value is told now, not after training
     if settings.mode == "encode":
-        encode_manifest(settings, device, stop_requested)
-        return
+        return 0 if encode_manifest(settings, device, stop_requested) else SOME_FAILED_EXIT_CODE
     if settings.mode == "decode":
         decode_folder(settings, device, stop_requested)
-        return
+        return 0
     if settings.mode != "train":
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
     accelerator = Accelerator(cpu=device.type == "cpu")
@@ -169,6 +181,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> None:
         compare_variants(settings, accelerator, loss_curve, stop_requested)
     else:
         run_variant(settings, accelerator, loss_curve, stop_requested)
+    return 0
 
 
 if __name__ == "__main__":

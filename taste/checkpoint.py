@@ -75,6 +75,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
+def check_same_folder(model: nn.Module, checkpoint: Checkpoint, path: str | Path) -> None:
+    """Refuse weights that were trained beside others than those of this model folder.
+
+    Args:
+        model: with the checkpoint's weights.
+        checkpoint: it.
+        path: where it lies.
+
+    Raises:
+        ValueError: what it leaves to the model folder is something else in this one.
+    """
+    then, now = checkpoint.notes["frozen_weights"], frozen_fingerprint(model, checkpoint.weights)
+    if then != now:
+        raise ValueError(
+            f"{path} was trained on another model folder: the weights that it leaves to the folder have the "
+            f"fingerprint {then} there, {now} in this one; name that folder with COSYVOICE_MODEL_DIR"
+        )
+
+
 def frozen_fingerprint(model: nn.Module, learned: dict[str, Tensor]) -> str:
     """A short hash of the weights that a checkpoint leaves to the model folder.
 

@@ -47,7 +47,7 @@ def compare_variants(
     for variant in VARIANTS:
         if accelerator.is_main_process:
             print(f"\n== {variant}")
-        start = STAGES.get(variant) if settings.stages else None
+        start = STAGES.get(variant) if settings.stages and settings.num_epochs else None
         own = settings.replaced(
             variant=variant,
             exp_dir=str(folder),

@@ -1,6 +1,6 @@
 """Data sets that tell a model something wrong about how a text was spoken: what it gains by listening must go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +62,11 @@ class Silence(Dataset[Example]):
 
 
 def controls_of(
-    dataset: UtteranceDataset, score: Callable[[Any], dict[str, float]], whisper_dir: str, mid_layer: int
+    dataset: UtteranceDataset,
+    score: Callable[[Any], dict[str, float]],
+    whisper_dir: str,
+    mid_layer: int,
+    made_with: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score a data set with wrong recordings.
 
@@ -71,6 +75,7 @@ def controls_of(
         score: gives the scores of a data set.
         whisper_dir: Whisper in transformers' format, which listens to silence.
         mid_layer: the layer that the features were taken from.
+        made_with: what stage 1 noted about them; silence must be heard by the same Whisper.
 
     Returns:
         `shuffled` and `silenced`: what `score` gave, or why it could not be asked, as text.
@@ -78,7 +83,7 @@ def controls_of(
     results: dict[str, Any] = {}
     for name, make in (
         ("shuffled", lambda: OtherRecording(dataset)),
-        ("silenced", lambda: _silence(dataset, whisper_dir, mid_layer)),
+        ("silenced", lambda: _silence(dataset, whisper_dir, mid_layer, made_with)),
     ):
         try:
             results[name] = score(make())
@@ -87,13 +92,16 @@ def controls_of(
     return results
 
 
-def _silence(dataset: UtteranceDataset, whisper_dir: str, mid_layer: int) -> Silence:
-    from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder
+def _silence(
+    dataset: UtteranceDataset, whisper_dir: str, mid_layer: int, made_with: Mapping[str, Any] | None
+) -> Silence:
+    from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder, check_same_whisper
 
     frames = max(dataset.speech_frames(utt_id) for utt_id in dataset.utt_ids)
     whisper = WhisperEncoder(whisper_dir, mid_layer, torch.device("cpu"), torch.float32)
     if whisper.width != dataset.speech_width:
         raise ValueError(f"the Whisper in {whisper_dir} is {whisper.width} wide, the features {dataset.speech_width}")
+    check_same_whisper(made_with, whisper)
     # whatever a recording's length, Whisper hears it at the head of a window of silence: so this fits all of them
     (features,) = whisper.encode([torch.zeros(frames * SAMPLE_RATE_HZ // FRAMES_PER_SECOND)])
     return Silence(dataset, features.final.float(), features.mid.float())

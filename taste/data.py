@@ -26,6 +26,8 @@ MAX_LM_POSITIONS = 5000  # positions the LM's table of relative positions was ma
 EXTRA_POSITIONS = 3  # [sos] [speaker] [task]
 WORD_FIELDS = ("text_token", "word_id")  # of utt2info: a number for each text token
 HELD_OUT_SHARE = 0.1
+HELD_OUT_SEED = 0  # one for all runs: what a run has learned from is no other's test set
+MOST_HELD_OUT = 0.25  # of the utterances; where whole speakers are more, single utterances are held out
 SHOWN_IDS = 3
 
 
@@ -326,7 +328,7 @@ def real_frames(stored: int, units: int, duration_seconds: float | None) -> int:
 
 
 def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, UtteranceDataset, str]:
-    """Split a tenth off, for when there is no test set: whole speakers where they are known, else utterances.
+    """Split a tenth off, for when there is no test set: whole speakers, or utterances where these are few or unknown.
 
     Args:
         dataset: the utterances; at least two.
@@ -342,21 +344,30 @@ def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, Ut
         raise ValueError("there is no test set, and one training utterance cannot be split; make the TEST_ features")
     speakers = [dataset.info(utt_id).get("speaker") for utt_id in dataset.utt_ids]
     by_speaker = None not in speakers and len(set(speakers)) > 1
+    groups, held_out = _draw_groups(speakers if by_speaker else dataset.utt_ids, seed)
+    if by_speaker and sum(speaker in held_out for speaker in speakers) > MOST_HELD_OUT * len(dataset):
+        by_speaker = False
+        groups, held_out = _draw_groups(dataset.utt_ids, seed)
     group_of = speakers if by_speaker else dataset.utt_ids
-    sizes = Counter(group_of)
-    groups = sorted(sizes)
-    random.Random(seed).shuffle(groups)
-    wanted = max(1, round(len(dataset) * HELD_OUT_SHARE))
-    held_out: set[str] = set()
-    for group in groups[:-1]:  # one group at least stays for training
-        if sum(sizes[held] for held in held_out) >= wanted:
-            break
-        held_out.add(group)
     test = [index for index, group in enumerate(group_of) if group in held_out]
     train = [index for index, group in enumerate(group_of) if group not in held_out]
     what = f"{len(held_out)} of {len(groups)} speakers, " if by_speaker else ""
     sentence = f"no test set: {what}{len(test)} of {len(dataset)} training utterances are held out (seed {seed})"
     return dataset.subset(train), dataset.subset(test), sentence
+
+
+def _draw_groups(group_of: Sequence[str], seed: int) -> tuple[list[str], set[str]]:
+    """All groups of utterances, and some of them with a tenth of the utterances."""
+    sizes = Counter(group_of)
+    groups = sorted(sizes)
+    random.Random(seed).shuffle(groups)
+    wanted = max(1, round(len(group_of) * HELD_OUT_SHARE))
+    held_out: set[str] = set()
+    for group in groups[:-1]:  # one group at least stays for training
+        if sum(sizes[held] for held in held_out) >= wanted:
+            break
+        held_out.add(group)
+    return groups, held_out
 
 
 def _reason_to_leave_out(features: Features, utt_id: str) -> str | None:

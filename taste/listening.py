@@ -11,6 +11,7 @@ from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
 from taste.data import FRAMES_PER_SECOND, UtteranceDataset
 from taste.model import CosyVoiceS3Model
+from taste.provenance import noted_models
 from taste.scoring import evaluate
 from taste.settings import Settings
 from taste.words import word_spans
@@ -47,6 +48,7 @@ def listen(
             lambda dataset: evaluate(model, dataset, settings.batch_size, accelerator).averages(),
             settings.whisper_dir or str(Path(settings.cosyvoice_model_dir) / "whisper"),
             settings.mid_layer,
+            noted_models(settings.test_utt2info_path) or noted_models(settings.train_utt2info_path),
         )
     if model.quantizer is not None:
         codes = codes_of(model, test_set, accelerator.device)

@@ -88,6 +88,18 @@ def find_recogniser(model_dir: str | Path, device: str = "cpu") -> Found:
         )
 
 
+def find_aligner() -> Found:
+    """Choose who finds the words of a text in a recording: pocketsphinx, as Whisper cannot.
+
+    Returns:
+        the recogniser and its name, or None and what is needed.
+    """
+    try:
+        return _found(Pocketsphinx())
+    except ListenerMissingError:
+        return Found(None, f"skipped: needs pocketsphinx ({INSTALL_POCKETSPHINX})")
+
+
 def whisper_lacks(folder: Path) -> str | None:
     """Say what keeps a Whisper folder from writing down speech.
 

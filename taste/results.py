@@ -136,6 +136,8 @@ def decode_units(
                 continue
             speech = decoder.decode(units, dataset.speaker(utt_id), seed)
             sounds[name] = f"{title} ({len(units)} units)", speech.waveform
+        for name in ("original", "true_units", "predicted"):  # none of an earlier model stays
+            (run_folder / "wavs" / f"{utt_id}_{name}.wav").unlink(missing_ok=True)
         for name, (_, waveform) in sounds.items():
             path = run_folder / "wavs" / f"{utt_id}_{name}.wav"
             write_wav(path, waveform, decoder.sample_rate_hz)

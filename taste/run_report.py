@@ -20,7 +20,7 @@ from taste.atomic import atomic_path
 from taste.audio import AudioError, read_audio
 from taste.data import UtteranceDataset
 from taste.measure_table import title_of, to_markdown
-from taste.recogniser import Found, find_recogniser, normalise
+from taste.recogniser import Found, find_aligner, normalise
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
 from taste.text import SPELLED_BY_CHARACTER
@@ -67,7 +67,9 @@ def note_shown(
         torch.save(noted, temporary)
 
 
-def measure_run(run_folder: Path, system: str, model_dir: str | Path, found: Found | None = None) -> dict[str, Any]:
+def measure_run(
+    run_folder: Path, system: str, model_dir: str | Path, found: Found | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Measure the sounds of a run against the recordings.
 
     Args:
@@ -75,6 +77,7 @@ def measure_run(run_folder: Path, system: str, model_dir: str | Path, found: Fou
         system: name of its model in tables.
         model_dir: model folder, whose speaker encoder and Whisper judge.
         found: who listens; None looks for one.
+        device: where Whisper computes, if it is the one.
 
     Returns:
         for metrics.json: `measures` of `system`, `true_units` and `original`, `skipped` with reasons, `notes`.
@@ -85,7 +88,7 @@ def measure_run(run_folder: Path, system: str, model_dir: str | Path, found: Fou
         sounds = _read_sounds({system: Path(run_folder)}, utt_id, rate_hz)
         original = sounds.pop("original", None)
         rows.append(UtteranceSounds(utt_id, noted["text"], original, sounds, language_of(noted["text"])))
-    return evaluate_sounds(rows, rate_hz, model_dir, found).to_dict()
+    return evaluate_sounds(rows, rate_hz, model_dir, found, device).to_dict()
 
 
 def write_run_report(
@@ -99,7 +102,7 @@ def write_run_report(
             codes, where several have them, are those of the last one.
         model_dir: model folder, for its mel and its rate.
         title: heading of the page.
-        found: who times the words of the recordings; None looks for one.
+        found: who times the words of the recordings; None: pocketsphinx where it is installed.
 
     Returns:
         path of the page.
@@ -127,7 +130,7 @@ def write_run_report(
         measures=measures,
         skipped=skipped,
         notes=lines,
-        utterances=_utterances(runs, model_dir, found or find_recogniser(model_dir)),
+        utterances=_utterances(runs, model_dir, found),
         rate_hz=sizes(model_dir).sample_rate,
     )
 
@@ -172,7 +175,7 @@ def language_of(text: str) -> str:
     return "zh" if any(name.startswith(SPELLED_BY_CHARACTER) for name in names) else "en"
 
 
-def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found) -> list[ReportUtterance]:
+def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found | None) -> list[ReportUtterance]:
     """The utterances that every run has decoded."""
     shown = {system: _read_shown(path) for system, path in runs.items()}
     shared = [utt_id for utt_id in next(iter(shown.values()), {}) if all(utt_id in own for own in shown.values())]
@@ -180,6 +183,7 @@ def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found) -
         return []
     rate_hz = sizes(model_dir).sample_rate
     mel_of = load_config(ModelDir(model_dir).file(CONFIG_FILE), ["feat_extractor"])["feat_extractor"]
+    found = found or find_aligner()
     utterances = []
     for utt_id in shared:
         sounds = _read_sounds(runs, utt_id, rate_hz)

@@ -14,7 +14,7 @@ from taste.listening import codes_of
 from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model
 from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
-from taste.run_report import measure_run, note_shown
+from taste.run_report import SHOWN_FILE, measure_run, note_shown
 from taste.settings import Settings
 from taste.synthesis import UnitDecoder
 from taste.transcript_fit import misfits
@@ -44,6 +44,7 @@ def show(
     Raises:
         RunStopped: it was asked to stop.
     """
+    (run_folder / SHOWN_FILE).unlink(missing_ok=True)  # the report must not show an earlier model's
     if not settings.generate_utterances:
         return {}
     shown = test_set.subset(spread_evenly(len(test_set), settings.generate_utterances))
@@ -68,7 +69,7 @@ def show(
     codes = codes_of(model, decoded, device) if model.quantizer is not None else []
     note_shown(run_folder, decoded, tokenizer, weights, codes)
     if settings.measure_sounds:
-        results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir)
+        results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir, device=str(device))
     return results
 
 

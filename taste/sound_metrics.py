@@ -223,6 +223,7 @@ def evaluate_sounds(
     rate_hz: int,
     model_dir: str | Path,
     found: Found | None = None,
+    device: str = "cpu",
 ) -> SoundEvaluation:
     """Measure every system's sounds against the recordings.
 
@@ -236,13 +237,14 @@ def evaluate_sounds(
         rate_hz: of all sounds.
         model_dir: model folder, whose speaker encoder (and Whisper, where it is whole) judge.
         found: who listens; None looks for one.
+        device: where Whisper computes, if it is the one.
 
     Returns:
         the table; empty without utterances.
     """
     if not rows:
         return SoundEvaluation({})
-    found = found or find_recogniser(model_dir)
+    found = found or find_recogniser(model_dir, device)
     names = list(dict.fromkeys(name for row in rows for name in row.sounds))
     skipped: dict[str, str] = {}
     encoder = _speaker_encoder(Path(model_dir), skipped)

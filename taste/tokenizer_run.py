@@ -9,10 +9,10 @@ import torch
 from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
-from taste.manifest import read_manifest
+from taste.manifest import Utterance, read_manifest
 from taste.settings import Settings
 from taste.shown import sampling_of
-from taste.tokenizer import TasteTokenizer
+from taste.tokenizer import SpeechCodes, TasteTokenizer
 from taste.training import RunStopped
 from taste.variant_run import run_folder_of
 
@@ -46,13 +46,18 @@ def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
     return TasteTokenizer.open(path, settings.cosyvoice_model_dir, settings.whisper_dir, settings.mid_layer, device)
 
 
-def encode_manifest(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> None:
+def encode_manifest(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> bool:
     """Write the codes of every recording of a manifest, `<run>/codes/<utterance>.json`.
+
+    A file that this model wrote of the same text, after the recording was last changed, is kept.
 
     Args:
         settings: ENCODE_JSONL and CODES_DIR; and what `open_tokenizer` reads.
         device: where to compute.
         stop_requested: asked between recordings.
+
+    Returns:
+        whether all recordings have codes; the others are listed in `<run>/codes.failures.jsonl`.
 
     Raises:
         RunStopped: it was asked to stop.
@@ -62,9 +67,13 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
     utterances = read_manifest(settings.encode_jsonl)
     tokenizer = open_tokenizer(settings, device)
     folder = codes_folder(settings)
-    failures, words, seconds = [], 0, 0.0
+    failures, words, seconds, kept = [], 0, 0.0, 0
     for utterance in utterances:
         _leave_if_asked(stop_requested)
+        path = folder / f"{utterance.utt_id}.json"
+        if spoken := _written_before(path, utterance, tokenizer):
+            words, seconds, kept = words + len(spoken.words), seconds + spoken.seconds, kept + 1
+            continue
         try:
             spoken = tokenizer.encode(utterance.audio_path, utterance.text)
         except ValueError as error:
@@ -73,14 +82,16 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
             continue
         for doubt in spoken.doubts:
             print(f"warning: {utterance.utt_id}: the transcript may not fit the recording: {doubt}")
-        write_codes(folder / f"{utterance.utt_id}.json", spoken)
+        write_codes(path, spoken)
         words, seconds = words + len(spoken.words), seconds + spoken.seconds
     list_failures(folder.with_suffix(".json"), failures)
     if not words:
         raise ValueError(f"no recording of {settings.encode_jsonl} could be encoded")
     bits = words * tokenizer.levels * math.log2(tokenizer.codebook_size) / seconds
     done = len(utterances) - len(failures)
-    print(f"{done} of {len(utterances)} recordings, {words} words, {seconds:.1f} s: {bits:.0f} bit/s, in {folder}")
+    written = f"{done} of {len(utterances)} recordings" + (f" ({kept} of them before)" if kept else "")
+    print(f"{written}, {words} words, {seconds:.1f} s: {bits:.0f} bit/s, in {folder}")
+    return not failures
 
 
 def decode_folder(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> None:
@@ -104,11 +115,17 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
         )
     tokenizer = open_tokenizer(settings, device)
     all_spoken = {path: read_codes(path) for path in paths}
+    foreign = []
     for path, spoken in all_spoken.items():
         try:
             tokenizer.check_mine(spoken)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            foreign.append(f"{path.name}: {error}")
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} of {len(paths)} files in {folder} are not of this model, such as {foreign[0]}. "
+            "What is not in the manifest any more stays when recordings are encoded anew: remove it"
+        )
     written = run_folder_of(settings) / DECODED_FOLDER
     for path, spoken in all_spoken.items():
         _leave_if_asked(stop_requested)
@@ -119,6 +136,18 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
             raise ValueError(f"{path}: {error}") from error
         write_wav(written / f"{path.stem}.wav", waveform, tokenizer.sample_rate_hz)
     print(f"{len(paths)} wav files in {written}")
+
+
+def _written_before(path: Path, utterance: Utterance, tokenizer: TasteTokenizer) -> SpeechCodes | None:
+    """The codes that this model has written of an utterance as it is now."""
+    try:
+        if path.stat().st_mtime < Path(utterance.audio_path).stat().st_mtime:
+            return None
+        spoken = read_codes(path)
+        tokenizer.check_mine(spoken)
+    except (OSError, ValueError):
+        return None
+    return spoken if spoken.text == utterance.text else None
 
 
 def codes_folder(settings: Settings) -> Path:

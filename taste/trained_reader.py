@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +9,9 @@ from torch import Tensor
 from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
 from taste.batch import Batch, Example, collate
 from taste.build import TasteSizes, build_model
-from taste.checkpoint import load_checkpoint
+from taste.checkpoint import check_same_folder, load_checkpoint
 from taste.text import TextTokens
-from taste.whisper_encoder import WhisperEncoder
+from taste.whisper_encoder import WhisperEncoder, check_same_whisper
 from taste.words import word_spans
 
 # T text tokens   W words   L codes a word   N samples
@@ -51,7 +50,7 @@ class TrainedReader:
             )
         folder = ModelDir(model_dir)
         self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, device)
-        _check_features(checkpoint.notes["features_made_with"], self._whisper, mid_layer)
+        check_same_whisper(checkpoint.notes["features_made_with"], self._whisper)
         model = build_model(
             model_dir,
             "taste",
@@ -63,6 +62,7 @@ class TrainedReader:
             whisper_dir=whisper_dir,
         )
         model.load_learned_state(checkpoint.weights)
+        check_same_folder(model, checkpoint, checkpoint_path)
         self.model = model.to(device)
         self._text_embedding = text_embedding_table(folder)
         self._device = device
@@ -108,18 +108,3 @@ class TrainedReader:
             word_ids=torch.tensor(text.word_ids),
         )
         return replace(collate([example]), codes=token_codes).to(self._device)
-
-
-def _check_features(made_with: dict[str, Any] | None, whisper: WhisperEncoder, mid_layer: int) -> None:
-    """Refuse to listen with another Whisper than the model was trained with."""
-    now = {"whisper": whisper.digest, "mid_layer": mid_layer}
-    changed = [
-        f"{name}: {made_with[name]} then, {value} now"
-        for name, value in now.items()
-        if made_with and name in made_with and made_with[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the model was trained on features of another Whisper ({'; '.join(changed)}); "
-            "set WHISPER_DIR and MID_LAYER to those of the training features"
-        )

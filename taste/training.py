@@ -120,6 +120,7 @@ class Trainer:
         self.notes = {
             **notes,
             "train_set": train_set.fingerprint(),
+            "test_set": test_set.fingerprint(),
             "frozen_weights": frozen_fingerprint(model, model.learned_state()),
             "processes": accelerator.num_processes,
         }
@@ -137,6 +138,8 @@ class Trainer:
             raise ValueError("this checkpoint holds weights only (for --num-epochs 0); training goes on from a last.pt")
         same = {
             "train_set": "the training utterances",
+            "test_set": "the test utterances",
+            "features_made_with": "what made the features",
             "frozen_weights": "the frozen weights (of the model folder)",
             "processes": "the number of processes",
         }
@@ -145,7 +148,7 @@ class Trainer:
         changed = [
             f"{what} ({checkpoint.notes[name]} then, {now[name]} now)"
             for name, what in same.items()
-            if checkpoint.notes[name] != now[name]
+            if checkpoint.notes.get(name) is not None and checkpoint.notes[name] != now.get(name)
         ]
         if changed:
             raise ValueError(

@@ -12,8 +12,8 @@ import torch
 import taste
 from cosyvoice.utils.model_dir import ModelSizes, sizes
 from taste.build import TasteSizes, build_model
-from taste.checkpoint import code_commit, load_checkpoint, write_json
-from taste.data import FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
+from taste.checkpoint import Checkpoint, check_same_folder, code_commit, load_checkpoint, save_checkpoint, write_json
+from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
 from taste.fitted_start import fit_new_parts
 from taste.listening import listen
 from taste.model import PARTS, CosyVoiceS3Model
@@ -130,7 +130,7 @@ def open_data(
     """Open the training set and the test set, or split one off.
 
     Args:
-        settings: paths, variant, seed.
+        settings: paths, variant.
         model_sizes: what the features must fit.
         say: takes what a person should know.
 
@@ -148,7 +148,7 @@ def open_data(
         test_set = open_dataset(test_paths, model_sizes)
         say(test_set.selection.describe("test set"))
     else:
-        train_set, test_set, what_was_done = hold_out(train_set, settings.seed)
+        train_set, test_set, what_was_done = hold_out(train_set, HELD_OUT_SEED)
         say(what_was_done)
     if "fusion" in PARTS.get(settings.variant, ()):
         for dataset, path in ((train_set, settings.train_utt2info_path), (test_set, settings.test_utt2info_path)):
@@ -306,9 +306,12 @@ def train(
     if checkpoint:
         check_same_settings(settings, checkpoint.notes["settings"], checkpoint_path)
         trainer.resume(checkpoint)
+        if checkpoint_path.resolve() != trainer.last_path.resolve():
+            take_best(checkpoint, checkpoint_path, trainer.best_path, accelerator)
         if accelerator.is_main_process:
             print(f"going on from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
-            draw(trainer.progress.history)
+            if trainer.progress.history:  # it may have been stopped before the first one
+                draw(trainer.progress.history)
     elif accelerator.is_main_process:
         for old_path in (trainer.last_path, trainer.best_path):
             for file in (old_path, old_path.with_suffix(".json")):
@@ -331,6 +334,35 @@ def train(
     }
 
 
+def take_best(checkpoint: Checkpoint, checkpoint_path: Path, best_path: Path, accelerator: "Accelerator") -> None:
+    """Bring the best weights so far along, where a run goes on from a checkpoint that is not its own `last.pt`.
+
+    Args:
+        checkpoint: to go on from.
+        checkpoint_path: where it lies; the `best.pt` of the same run must lie beside it.
+        best_path: where this run's is to be.
+        accelerator: processes; the main one writes.
+
+    Raises:
+        ValueError: there is none, or it is of another epoch.
+    """
+    progress = checkpoint.notes["progress"]
+    epoch = progress["best_epoch"]
+    if epoch is None:
+        return
+    beside = checkpoint_path.with_name(best_path.name)
+    best = load_checkpoint(beside) if beside.is_file() else None
+    known = best.notes["progress"]["history"] if best else []
+    if known != progress["history"][: epoch + 1]:
+        raise ValueError(
+            f"RESUME is {str(checkpoint_path)!r}: the best weights so far, of epoch {epoch}, are not in {beside}; keep "
+            f"both files of a run together, or begin a new run with its weights: --init-from {checkpoint_path}"
+        )
+    if accelerator.is_main_process and beside.resolve() != best_path.resolve():
+        save_checkpoint(best_path, best)
+    accelerator.wait_for_everyone()
+
+
 def evaluate_only(
     settings: Settings,
     model: CosyVoiceS3Model,
@@ -351,12 +383,13 @@ def evaluate_only(
         results for metrics.json.
 
     Raises:
-        ValueError: the checkpoint does not fit the model.
+        ValueError: the checkpoint does not fit the model, or was trained on another model folder.
     """
     results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.init_from or settings.cosyvoice_model_dir)}
     if checkpoint_path:
         checkpoint = load_checkpoint(checkpoint_path)
         model.load_learned_state(checkpoint.weights)
+        check_same_folder(model, checkpoint, checkpoint_path)
         progress = checkpoint.notes["progress"]
         results |= {
             "best_epoch": progress["best_epoch"],

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from taste.checkpoint import load_checkpoint, weights_fingerprint
-from taste.model import PRETRAINED_PART, CosyVoiceS3Model, is_pretrained, lies_in
+from taste.model import PRETRAINED_PART, VARIANTS, CosyVoiceS3Model, is_pretrained, lies_in
 
 
 def find_start(init_from: str, exp_dir: Path) -> Path:
@@ -25,10 +25,11 @@ def find_start(init_from: str, exp_dir: Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    looked = ", ".join(map(str, places))
+    looked, name = ", ".join(map(str, places)), Path(init_from).name
+    variant = f"--variant {name}" if name in VARIANTS else "--variant <its variant>"
     raise FileNotFoundError(
         f"INIT_FROM is {init_from!r}: there is none of {looked}; expected a checkpoint, or a run that was trained: "
-        f"python model_code.py --run-name {Path(init_from).name}"
+        f"python model_code.py {variant} --run-name {name}"
     )
 
 

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class WhisperEncoder:
             )
         self.device = torch.device(device)
         self.dtype = dtype
+        self.mid_layer = mid_layer
         self.width: int = config.d_model
         self.max_frames: int = config.max_source_positions
         self.window_seconds = self.max_frames / FRAMES_PER_SECOND
@@ -123,6 +124,29 @@ def encoder_weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: the folder has no safetensors weights, or a shard is missing.
     """
     return weight_files(Path(folder), _fetch(Path(folder)))
+
+
+def check_same_whisper(made_with: Mapping[str, Any] | None, whisper: WhisperEncoder) -> None:
+    """Refuse to listen with another Whisper than features were made with.
+
+    Args:
+        made_with: what stage 1 noted about the features; None where nobody did.
+        whisper: who is to listen.
+
+    Raises:
+        ValueError: its weights or its middle layer differ.
+    """
+    now = {"whisper": whisper.digest, "mid_layer": whisper.mid_layer}
+    changed = [
+        f"{name}: {made_with[name]} then, {value} now"
+        for name, value in now.items()
+        if made_with and name in made_with and made_with[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the model was trained on features of another Whisper ({'; '.join(changed)}); "
+            "set WHISPER_DIR and MID_LAYER to those of the training features"
+        )
 
 
 def _read_config(folder: Path) -> "WhisperConfig":

@@ -52,6 +52,18 @@ def test_a_whisper_of_another_width_is_refused(tmp_path):
     assert f"is {WIDTH} wide, the features {SPEECH_WIDTH}" in results["silenced"]
 
 
+def test_silence_is_not_heard_by_another_layer_than_the_recordings(tmp_path):
+    folder = write_small_whisper(tmp_path / "whisper")
+    examples = [
+        example._replace(speech_final=torch.ones(units, WIDTH), speech_mid=torch.ones(units, WIDTH))
+        for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
+    ]
+    dataset = open_dataset(write_features(tmp_path, "test", examples), SIZES)
+    made_with = {"whisper": WhisperEncoder(folder, 2).digest, "mid_layer": 1}
+    results = controls_of(dataset, lambda data: {}, str(folder), 2, made_with)
+    assert results["shuffled"] == {} and "mid_layer: 1 then, 2 now" in results["silenced"]
+
+
 def test_what_cannot_be_measured_is_said(tmp_path):
     dataset = small_dataset(tmp_path, "test", LENGTHS[:1])
     results = controls_of(dataset, lambda data: {}, str(tmp_path / "nowhere"), 6)

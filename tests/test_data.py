@@ -227,6 +227,13 @@ def test_known_speakers_are_held_out_whole(tmp_path):
     assert "1 of 8 speakers" in sentence
 
 
+def test_few_speakers_are_not_held_out_whole(tmp_path):
+    speakers = [f"speaker-{number % 2}" for number in range(40)]
+    paths = write_features(tmp_path, "train", random_examples([(2, 5)] * 40), speakers)
+    _, test, sentence = hold_out(open_dataset(paths, SIZES), seed=0)
+    assert len(test) == 4 and "speakers" not in sentence
+
+
 def test_a_single_utterance_cannot_be_split(tmp_path):
     with pytest.raises(ValueError, match="cannot be split"):
         hold_out(small_dataset(tmp_path, "train", [(2, 5)]), seed=0)

@@ -253,21 +253,82 @@ def test_recordings_are_encoded_and_decoded_by_the_run_that_was_trained(tmp_path
     work = ListeningWorkplace(tmp_path, golden_dir)
     assert work.run(variant="taste") == 0
     listening = {"variant": "taste", "encode_jsonl": work.manifest, "mid_layer": 2, "most_units_per_token": 4}
-    assert work.run(**listening, mode="encode") == 0
+    assert work.run(**listening, mode="encode") == 3
     run = work.folder / "exp" / "taste"
     codes = {path.stem: json.loads(path.read_text()) for path in sorted((run / "codes").glob("*.json"))}
     assert list(codes) == ["first", "second"]
     assert [word["word"] for word in codes["first"]["words"]] == ["A", "quiet", "river."]
     assert "2 of 3 recordings, 5 words" in capsys.readouterr().out
     assert "missing" in (run / "codes.failures.jsonl").read_text()
+    written = (run / "codes" / "first.json").stat().st_mtime_ns
+    (run / "codes" / "second.json").unlink()
+    assert work.run(**listening, mode="encode") == 3
+    assert "2 of 3 recordings (1 of them before), 5 words" in capsys.readouterr().out
+    assert (run / "codes" / "first.json").stat().st_mtime_ns == written
+    assert (run / "codes" / "second.json").is_file()
     assert work.run(**listening, mode="decode") == 0
     assert {path.name for path in (run / "decoded").iterdir()} == {"first.wav", "second.wav"}
     assert work.run(**listening, run_name="other", seed=1) == 0
     assert work.run(**listening, run_name="other", mode="decode", codes_dir=run / "codes") == 1
     told = capsys.readouterr().err
-    assert "first.json: these codes were written by model" in told
+    assert "2 of 2 files" in told and "first.json: these codes were written by model" in told
     assert work.run(**listening, run_name="other", mode="decode") == 1
     assert "holds no codes; write some" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_its_first_evaluation_goes_on(work, monkeypatch):
+    with monkeypatch.context() as stopping:
+        stopping.setattr(model_code.StopRequest, "requested", property(lambda self: True))
+        with pytest.raises(AssertionError, match="nobody has asked"):  # no signal came, so there is no exit code
+            work.run()
+    last = load_checkpoint(work.folder / "exp" / "simple" / "checkpoints" / "last.pt")
+    assert last.notes["progress"]["history"] == []
+    assert work.run() == 0
+    assert [entry["epoch"] for entry in work.metrics()["history"]] == [0, 1, 2]
+
+
+def test_a_run_that_goes_on_from_another_ones_checkpoint_takes_its_best_weights_along(work, capsys):
+    assert work.run(run_name="one", num_epochs=1) == 0
+    one = work.folder / "exp" / "one" / "checkpoints"
+    assert work.run(run_name="two", num_epochs=1, resume=one / "last.pt") == 0
+    two = work.folder / "exp" / "two" / "checkpoints"
+    best = load_checkpoint(two / "best.pt").weights
+    assert all(torch.equal(value, best[name]) for name, value in load_checkpoint(one / "best.pt").weights.items())
+    assert work.metrics("two")["test"] == work.metrics("one")["test"]
+    (one / "best.pt").unlink()
+    assert work.run(run_name="three", num_epochs=2, resume=one / "last.pt") == 1
+    assert f"are not in {one / 'best.pt'}" in capsys.readouterr().err
+
+
+def test_another_test_set_or_other_features_are_refused(work, capsys):
+    note = work.train.info.with_suffix(".made_with.json")
+    note.write_text(json.dumps({"whisper": "one", "mid_layer": 6}))
+    assert work.run(num_epochs=1) == 0
+    note.write_text(json.dumps({"whisper": "one", "mid_layer": 16}))
+    assert work.run() == 1
+    assert "what made the features" in capsys.readouterr().err
+    note.unlink()
+    write_features(work.folder, "test", random_examples(LENGTHS[:4], seed=1))
+    assert work.run() == 1
+    assert "the test utterances" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_evaluated_on_another_model_folder(work, capsys):
+    assert work.run(freeze_llm=True) == 0
+    path = work.folder / "model" / "llm.pt"
+    weights = torch.load(path)
+    weights["speech_embedding.weight"] += 0.5
+    torch.save(weights, path)
+    assert work.run(freeze_llm=True, num_epochs=0) == 1
+    assert "was trained on another model folder" in capsys.readouterr().err
+
+
+def test_the_report_shows_nothing_of_an_earlier_model(work):
+    assert work.run(**SPEAKING) == 0
+    page = work.folder / "exp" / "simple" / "report.html"
+    assert "data:audio" in page.read_text()
+    assert work.run(resume="never", seed=1, generate_utterances=2, decode_wavs=0) == 0
+    assert "data:audio" not in page.read_text()
 
 
 def test_the_same_command_again_trains_nothing_more(work):

@@ -8,7 +8,7 @@ import torch
 import model_code
 from taste.audio import read_audio, write_wav
 from taste.build import TasteSizes, build_model
-from taste.checkpoint import Checkpoint, save_checkpoint
+from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.code_files import read_codes, write_codes
 from taste.fitted_taste import start_quantizer
 from taste.generation import Sampling, generate
@@ -54,6 +54,7 @@ class Workplace:
         notes = {
             "settings": noted,
             "use_speaker": True,
+            "frozen_weights": frozen_fingerprint(model, model.learned_state()),
             "features_made_with": {"whisper": whisper.digest, "mid_layer": MID_LAYER, "speaker_model": "x"},
         }
         save_checkpoint(path, Checkpoint(model.learned_state(), None, notes))
