@@ -39,6 +39,7 @@ from taste.feature_store import (
     FeatureWriter,
     check_save_mode,
     chunk_folder,
+    open_features,
     stored_bytes,
 )
 from taste.interrupt import StopRequest
@@ -195,6 +196,36 @@ def note_models(settings: Settings, models: Models, outputs: Outputs) -> None:
     check_made_with(outputs.info.output_path.with_suffix(".made_with.json"), made_with, present)
 
 
+def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
+    """Let utterances be done again whose transcript is another one than when they were done.
+
+    Args:
+        utterances: of the manifest.
+        outputs: the files; text embeddings and utterance info lose the utterances, Whisper features stay.
+
+    Raises:
+        ValueError: utterances have another recording as well: this is another corpus with the same ids.
+        FeatureWriteError: the disk has no room for a copy of the text embeddings.
+    """
+    if not outputs.done_ids():
+        return
+    known = open_features(outputs.info.output_path)
+    changed = [item for item in utterances if item.utt_id in known and known[item.utt_id]["text"] != item.text]
+    others = [item for item in changed if known[item.utt_id]["audio_path"] != str(item.audio_path)]
+    if others:
+        first = known[others[0].utt_id]
+        places = [place for writer in outputs for place in (writer.output_path, chunk_folder(writer.output_path))]
+        raise ValueError(
+            f"{len(others)} utterances were done with another recording and another transcript; {others[0].utt_id} was "
+            f"{first['audio_path']} ({first['text']!r}), is {others[0].audio_path} ({others[0].text!r}). Choose other "
+            f"outputs, or start again after: rm -r {' '.join(str(place) for place in places if place.exists())}"
+        )
+    if changed:
+        print(f"{len(changed)} transcripts have changed, {changed[0].utt_id} first: these utterances are done again")
+        for writer in (outputs.info, outputs.text):
+            writer.forget(item.utt_id for item in changed)
+
+
 def check_disk(utterances: Sequence[Utterance], models: Models, outputs: Outputs, settings: Settings) -> str:
     """Estimate what the run will write, from a sample of its recordings, and compare it with the free space.
 
@@ -227,7 +258,9 @@ def check_disk(utterances: Sequence[Utterance], models: Models, outputs: Outputs
     hours = sample_seconds / len(sample) * len(utterances) / 3600
     old_bytes = sum(stored_bytes(writer.output_path) for writer in outputs)
     # merging needs room for the merged copy beside the chunks
-    needed_bytes = new_bytes + (new_bytes + old_bytes if settings.save_mode == "single" else 0) + DISK_RESERVE_BYTES
+    has_chunks = any(chunk_folder(writer.output_path).exists() for writer in outputs)
+    merges = settings.save_mode == "single" and (new_bytes > 0 or has_chunks)
+    needed_bytes = new_bytes + (new_bytes + old_bytes if merges else 0) + DISK_RESERVE_BYTES
     free_bytes = shutil.disk_usage(outputs.whisper.output_path.parent).free
     estimate = (
         f"about {hours:.2f} h of sound to do, {new_bytes / 1e9:.2f} GB to write (at most {needed_bytes / 1e9:.2f} GB "
@@ -333,6 +366,7 @@ def run(settings: Settings) -> Progress:
         print(f"loading {settings.model_dir} ...")
         models = load_models(settings)
         note_models(settings, models, outputs)
+        forget_changed(utterances, outputs)
         settings.save(outputs.info.output_path.with_suffix(".settings.json"))
 
         # batches are formed before finished utterances are dropped, so that a resumed run computes the same batches

@@ -1,6 +1,8 @@
 """Reading a recording as a mono waveform at the rate a model wants, and writing one."""
 
 import os
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,10 @@ from taste.atomic import atomic_path
 
 # N samples
 SILENCE_PEAK = 1e-4  # -80 dB below full scale: three steps of 16-bit sound
+UNKNOWN_FRAMES = 2**62  # as many, or more, where a header does not say how many there are (a FLAC from a pipe)
+MOST_PHASES = 2_000  # of a resampling filter: what is beyond, of rates without a common factor, is rounded by 1e-6
+WAV_PROMISE = re.compile(r"^data\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)  # bytes, as libsndfile notes them
+STREAMED_BYTES = 0x7FFFF000  # a WAV from a pipe promises as many, or more, or none: it did not know
 
 
 class AudioError(ValueError):
@@ -52,7 +58,8 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Audio:
     if peak < SILENCE_PEAK:
         raise AudioError(f"{path}: the recording is silent (its peak is {peak:.1e} of full scale)")
     if file_rate_hz != sample_rate_hz:
-        waveform = torchaudio.functional.resample(waveform, file_rate_hz, sample_rate_hz)
+        ratio = Fraction(sample_rate_hz, file_rate_hz).limit_denominator(MOST_PHASES)
+        waveform = torchaudio.functional.resample(waveform, ratio.denominator, ratio.numerator)
     return Audio(waveform, sample_rate_hz, len(samples) / file_rate_hz)
 
 
@@ -71,10 +78,11 @@ def duration_seconds(path: str | os.PathLike[str]) -> float:
     path = Path(path)
     _check_present(path)
     try:
-        header = soundfile.info(str(path))
+        with soundfile.SoundFile(str(path)) as file:
+            _check_length(path, file)
+            return file.frames / file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, error) from error
-    return header.frames / header.samplerate
 
 
 def write_wav(path: str | os.PathLike[str], waveform: torch.Tensor, sample_rate_hz: int) -> None:
@@ -104,14 +112,27 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     _check_present(path)
     try:
         with soundfile.SoundFile(str(path)) as file:
+            _check_length(path, file)
             samples = file.read(dtype="float32", always_2d=True)
-            promised_frames, rate_hz, kind = file.frames, file.samplerate, file.format
+            promised_frames, rate_hz, kind, notes = file.frames, file.samplerate, file.format, file.extra_info
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, error) from error
     # the length of an mp3 is an estimate of the decoder; the other headers state it
     if len(samples) < promised_frames and kind != "MP3":
         raise AudioError(f"{path}: ends after {len(samples)} of {promised_frames} samples (truncated?)")
+    if (promise := WAV_PROMISE.search(notes)) and kind in ("WAV", "WAVEX"):
+        promised_bytes, found_bytes = map(int, promise.groups())
+        if found_bytes < promised_bytes < STREAMED_BYTES:
+            raise AudioError(f"{path}: ends after {found_bytes} of {promised_bytes} bytes of sound (truncated?)")
     return samples, rate_hz
+
+
+def _check_length(path: Path, file: soundfile.SoundFile) -> None:
+    if file.frames >= UNKNOWN_FRAMES:
+        raise AudioError(
+            f"{path}: its header does not say how long it is, as of a file that was written to a pipe; write it anew: "
+            "ffmpeg -i FILE NEW_FILE"
+        )
 
 
 def _check_present(path: Path) -> None:

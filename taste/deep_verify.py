@@ -27,6 +27,7 @@ LONGEST_SECONDS = 30  # that these three take at once
 TONE_SECONDS = 4.0
 AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
 DETAIL_CHARACTERS = 300  # of an error's message
+LEAST_ALIKE = 0.9  # share of codes that both backends must give alike; a GPU rounds a few to a neighbour
 OWN_VOICE = "the check recording's voice"
 
 
@@ -179,6 +180,11 @@ def _tokenize(onnx_path: Path, recording: Recording, device: torch.device) -> st
     if len(codes) != expected or len(batched) != expected:
         raise ValueError(f"got {len(codes)} codes (s3tokenizer: {len(batched)}), expected {expected}")
     agreeing = sum(one == other for one, other in zip(codes, batched, strict=True))
+    if agreeing < LEAST_ALIKE * len(codes):
+        raise ValueError(
+            f"onnxruntime and s3tokenizer give {agreeing} of {len(codes)} codes alike, expected {LEAST_ALIKE:.0%} at "
+            "least"
+        )
     return (
         f"{len(codes)} codes ({len(set(codes))} different, {min(codes)}..{max(codes)}), {reference.session.provider}, "
         f"{_pace(seconds, recording)}; s3tokenizer gives {agreeing} of {len(codes)} alike"

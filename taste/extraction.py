@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from taste.failures import Failure, list_failures
@@ -75,7 +76,14 @@ def extract(
         failures: list[Failure] = []
         with tqdm(total=len(recordings), initial=done, unit="utt", dynamic_ncols=True) as bar:
             for results in prefetched(left, lambda item: _prepare(item, work), num_threads):
-                failed = _store_batch(results, work, writer)
+                try:
+                    failed = _store_batch(results, work, writer)
+                except torch.OutOfMemoryError as error:
+                    writer.flush()
+                    raise ValueError(
+                        f"the device is out of memory ({error}); all before is saved. Go on with a --batch-size below "
+                        f"{batch_size}"
+                    ) from error
                 for failure in failed:
                     bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
                 failures += failed

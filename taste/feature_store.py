@@ -8,7 +8,7 @@ file, or leaves them. A reader takes either, or both at once. Flat files are `{u
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,20 @@ class FeatureWriter:
             self._merge(chunks)
         self.close()
 
+    def forget(self, utt_ids: Iterable[str]) -> None:
+        """Take utterances out again, so that they can be written anew; call it before anything is added.
+
+        Args:
+            utt_ids: some of `done_ids`.
+
+        Raises:
+            FeatureWriteError: the disk has no room for a copy; nothing has changed.
+        """
+        gone = set(utt_ids) & self.done_ids
+        if gone:
+            self._merge(_chunks(self.chunk_folder), without=gone)
+            self.done_ids -= gone
+
     def close(self) -> None:
         """Give the output free; the chunk in work is dropped unless it was flushed."""
         self._lock.release()
@@ -161,9 +175,9 @@ class FeatureWriter:
         free = shutil.disk_usage(self.output_path.parent).free
         return size <= AUTO_SINGLE_LIMIT_BYTES and size + DISK_RESERVE_BYTES <= free
 
-    def _merge(self, chunks: list[Path]) -> None:
+    def _merge(self, chunks: list[Path], without: Collection[str] = ()) -> None:
         """One file from the earlier one and the chunks; their tensors are mapped, so memory stays small."""
-        merged = dict(open_features(self.output_path))
+        merged = {utt_id: value for utt_id, value in open_features(self.output_path).items() if utt_id not in without}
         try:
             _save(self.output_path, self._layout(merged))
         except (OSError, RuntimeError) as error:
@@ -171,9 +185,11 @@ class FeatureWriter:
                 f"cannot merge {self.chunk_folder} into {self.output_path}: {_cause(error)}; the chunks are untouched. "
                 "Free some space, or run again with --save-mode chunks (training reads either)."
             ) from error
+        del merged  # it maps the chunks, and NFS keeps a mapped file under another name until nobody does
         for chunk in chunks:
             chunk.unlink()
-        self.chunk_folder.rmdir()
+        with suppress(OSError):  # not there, or not empty: the next run removes it
+            self.chunk_folder.rmdir()
 
     def _layout(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if not self.nested:

@@ -68,7 +68,7 @@ def finish_swap(folder: Path, say: Callable[[str], None], leave_behind: str) -> 
     if not folder.exists():
         previous.rename(folder)
         return
-    for path in sorted(path for path in previous.rglob("*") if path.is_file()):
+    for path in sorted(path for path in previous.rglob("*") if path.is_file() or path.is_symlink()):
         name = path.relative_to(previous)
         if name.parts[0] != leave_behind and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Everything is fetched into `<folder>/.download`, compared with the hub's hashes 
 place; so a file under its own name is always whole, and a run that was stopped goes on where it was.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taste.archives import ArchiveError, is_archive, unpack_archive
+from taste.atomic import atomic_path
 from taste.folder_swap import finish_swap, fresh_folder, swap
 from taste.hub import Hub, HubError, Listing
 from taste.output_lock import OutputLock
@@ -50,6 +52,7 @@ class Plan(NamedTuple):
     fetch: list[ExpectedFile]  # missing, or there but damaged
     present: dict[str, ExpectedFile]  # path in the repository -> the file as it is, with its sha256
     notes: list[str]
+    keep: dict[str, Path]  # path in the repository -> where what stands there moves when it is fetched again
 
 
 class Installer:
@@ -182,7 +185,7 @@ class Installer:
         ours = set(self._fetched)
         if record is not None and record.hub is not None:
             ours |= {folder / path for path in record.files}
-        plan = _compare(part_folder, _select(listing, part, self.all_files), ours, listing)
+        plan = _compare(part_folder, _select(listing, part, self.all_files), ours, self._fetched, listing)
         staging = folder / STAGING_NAME / hub.name.replace(" ", "-") / part.name
         _check_space(part_folder, staging, plan.fetch)
         for note in plan.notes:
@@ -190,7 +193,7 @@ class Installer:
         held = dict(plan.present)
         for file in plan.fetch:
             self.say(f"{part.name}: fetching {file.path} ({human_bytes(file.size_bytes)}) from {hub.name}")
-            held[file.path] = _fetch(hub, listing, file, staging, part_folder)
+            held[file.path] = _fetch(hub, listing, file, staging, part_folder, plan.keep.get(file.path))
             self._fetched.add(part_folder / file.path)
         for path in [path for path in held if is_archive(path)]:
             for name in unpack_archive(part_folder / path, part_folder):
@@ -215,12 +218,15 @@ def _select(listing: Listing, part: ModelPart, all_files: bool) -> list[Expected
     return wanted
 
 
-def _compare(part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path], listing: Listing) -> Plan:
+def _compare(
+    part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path], fetched: set[Path], listing: Listing
+) -> Plan:
     """Find what must be fetched; a whole weight file that differs is somebody's, and stops everything before it starts.
 
-    `ours` are files that came from a hub: if they differ now, they were damaged, or belong to the other hub.
+    `ours` are files that came from a hub: if they differ now, they were damaged, or replaced, or belong to the other
+    hub. A whole one that this run has not `fetched` may be somebody's work, such as a model that was trained on.
     """
-    plan = Plan([], {}, [])
+    plan = Plan([], {}, [], {})
     others = []
     for file in wanted:
         path = part_folder / file.path
@@ -238,6 +244,10 @@ def _compare(part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path],
         elif broken is not None or path in ours:
             plan.notes.append(f"{file.path} is fetched again: got {broken or problem}")
             plan.fetch.append(file)
+            if broken is None and path not in fetched:
+                aside = path.with_name(f"{path.name}.replaced-{got.sha256[:8]}")
+                plan.notes.append(f"what stands there is whole, and is kept as {aside.name}")
+                plan.keep[file.path] = aside
         else:
             others.append(f"{path}: whole, but not the file of {listing.repository} on {listing.hub}: got {problem}")
     if others:
@@ -249,8 +259,13 @@ def _compare(part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path],
     return plan
 
 
-def _fetch(hub: Hub, listing: Listing, file: ExpectedFile, staging: Path, part_folder: Path) -> ExpectedFile:
-    """Fetch a file, compare it with the hub's hash, and put it in its place; a wrong one is fetched once more."""
+def _fetch(
+    hub: Hub, listing: Listing, file: ExpectedFile, staging: Path, part_folder: Path, aside: Path | None
+) -> ExpectedFile:
+    """Fetch a file, compare it with the hub's hash, and put it in its place; a wrong one is fetched once more.
+
+    What stands there moves `aside`, where that is given.
+    """
     staged = staging / file.path
     for last_attempt in (False, True):
         if not staged.is_file():
@@ -266,7 +281,16 @@ def _fetch(hub: Hub, listing: Listing, file: ExpectedFile, staging: Path, part_f
         os.fsync(stream.fileno())
     target = part_folder / file.path
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(staged, target)
+    if aside is not None:
+        target.replace(aside)
+    try:
+        os.replace(staged, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # the part's folder is a link to another disk
+            raise
+        with atomic_path(target) as temporary:
+            shutil.copyfile(staged, temporary)
+        staged.unlink()
     return file._replace(sha256=got.sha256)
 
 

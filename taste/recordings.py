@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taste.audio import AudioError, duration_seconds
-from taste.keys import normalise_key
 from taste.manifest import ManifestError, read_manifest
 
 BATCHES_SORTED_TOGETHER = 64  # by length: little padding, and yet the bar moves at an even pace
@@ -57,7 +56,7 @@ def read_table(path: Path) -> dict[str, str]:
             command (`... |`), which is never run.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line separators belong to the text
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ManifestError(f"{path}: there is no such file; expected lines of `utterance-id value`") from error
     except UnicodeDecodeError as error:
@@ -118,15 +117,7 @@ def plan_batches(recordings: Sequence[Recording], batch_size: int, num_threads: 
 def _read_kaldi_folder(folder: Path) -> list[Recording]:
     paths = read_table(folder / "wav.scp")
     speakers = read_table(folder / "utt2spk") if (folder / "utt2spk").exists() else {}
-    recordings = {}
-    for utt_id, path in paths.items():
-        recording = Recording(normalise_key(utt_id), Path(path), speakers.get(utt_id))
-        earlier = recordings.setdefault(recording.utt_id, recording)
-        if earlier is not recording:
-            raise ManifestError(
-                f"{folder / 'wav.scp'}: {earlier.audio_path} and {path} are both utterance {recording.utt_id!r}"
-            )
-    return list(recordings.values())
+    return [Recording(utt_id, Path(path), speakers.get(utt_id)) for utt_id, path in paths.items()]
 
 
 def _seconds_or_nothing(recording: Recording) -> float:

@@ -24,7 +24,7 @@ def test_every_format_gives_the_sound_that_was_written(tmp_path: Path, suffix: s
     assert (audio.waveform - expected).abs().mean() < tolerance
 
 
-@pytest.mark.parametrize("rate_hz", [8_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("rate_hz", [8_000, 22_050, 44_100, 46_721, 48_000])
 def test_every_rate_gives_the_same_sound(tmp_path: Path, rate_hz: int) -> None:
     audio = read_audio(write_recording(tmp_path / "a.wav", seconds=1.0, rate_hz=rate_hz), RATE_HZ)
     expected = torch.from_numpy(voice_like(1.0, RATE_HZ)).float()
@@ -99,6 +99,34 @@ def test_a_flac_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AudioError, match=r"truncated|not a readable"):
         read_audio(path, RATE_HZ)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_a_wav_cut_short_is_refused(tmp_path: Path, subtype: str) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), voice_like(3, RATE_HZ), RATE_HZ, subtype=subtype)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError, match=r"bytes of sound \(truncated"):
+        read_audio(path, RATE_HZ)
+
+
+def test_a_wav_from_a_pipe_promises_more_than_it_has(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "a.wav", seconds=1)
+    content = bytearray(path.read_bytes())
+    content[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    assert len(read_audio(path, RATE_HZ).waveform) == RATE_HZ
+
+
+def test_a_flac_from_a_pipe_does_not_say_how_long_it_is(tmp_path: Path) -> None:
+    path = write_recording(tmp_path / "a.flac", seconds=1.5)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the last 36 bits of STREAMINFO's numbers: all samples
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    for read in (duration_seconds, lambda path: read_audio(path, RATE_HZ)):
+        with pytest.raises(AudioError, match="does not say how long it is"):
+            read(path)
 
 
 def test_a_written_wav_reads_back_clipped_to_full_scale(tmp_path: Path) -> None:

@@ -62,6 +62,19 @@ def test_every_save_mode_reads_back_the_same_values(tmp_path: Path, save_mode: s
         _check(chunk_folder(path), range(8))
 
 
+@pytest.mark.parametrize("save_mode", ["single", "chunks"])
+def test_what_is_forgotten_is_written_anew(tmp_path: Path, save_mode: str) -> None:
+    path = tmp_path / "a.pt"
+    _write(path, range(8), save_mode)
+    with FeatureWriter(path, nested=True) as writer:
+        writer.forget(["u2", "u5", "unknown"])
+        assert writer.done_ids == {f"u{number}" for number in (0, 1, 3, 4, 6, 7)} == set(open_features(path))
+        writer.add("u2", _value(2))
+        writer.add("u5", _value(5))
+        writer.finish(save_mode)
+    _check(path, range(8))
+
+
 def test_the_single_file_has_the_layout_of_the_contract(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     _write(path, range(4), "single")

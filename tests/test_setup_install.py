@@ -1,7 +1,9 @@
 """Filling a model folder from two hubs on loopback: complete or unchanged, verified, and never a good file lost."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -394,6 +396,18 @@ def test_a_flipped_byte_in_a_verified_folder_is_found_and_mended(world):
     assert (world.folder / "campplus.onnx").read_bytes() == content_of(world, "campplus.onnx")
 
 
+def test_a_whole_file_that_takes_a_verified_one_s_place_is_kept_beside_the_hub_s(world):
+    world.installer().install()
+    mine = published("ModelScope", seed=1)[COSYVOICE_REPOSITORIES["ModelScope"]]["llm.pt"]
+    (world.folder / "llm.pt").write_bytes(mine)
+
+    world.installer().install()
+    assert (world.folder / "llm.pt").read_bytes() == content_of(world, "llm.pt")
+    (aside,) = world.folder.glob("llm.pt.replaced-*")
+    assert aside.read_bytes() == mine
+    assert any(f"is whole, and is kept as {aside.name}" in line for line in world.said)
+
+
 @pytest.mark.parametrize("verified_before", [True, False])
 def test_a_configuration_that_its_owner_edited_is_kept(world, verified_before):
     if verified_before:
@@ -579,3 +593,22 @@ def test_a_folder_that_is_a_link_to_another_disk_stays_a_link(world, tmp_path):
 
     assert world.folder.is_symlink()
     assert files_under(elsewhere) == NEEDED | {MANIFEST_NAME}
+
+
+def test_a_part_that_is_a_link_to_another_disk_is_filled_there_and_stays(world, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "big-disk" / "whisper"
+    elsewhere.mkdir(parents=True)
+    world.folder.mkdir(parents=True)
+    (world.folder / "whisper").symlink_to(elsewhere)
+    rename = os.replace
+
+    def across_disks(source, target):
+        if ".download" in str(source) and Path(target).parent.resolve() == elsewhere:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", across_disks)
+    world.installer().install()
+    assert (elsewhere / "model.safetensors").read_bytes() == content_of(world, "whisper/model.safetensors")
+    world.installer("--no-whisper").replace()
+    assert (world.folder / "whisper").is_symlink() and (world.folder / "whisper/model.safetensors").is_file()

@@ -292,6 +292,32 @@ def test_a_grown_manifest_computes_only_its_new_lines(
     assert "this run: 0 utterances" in capsys.readouterr().out
 
 
+def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
+    tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:4]]
+    rows = [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
+    manifest, output = tmp_path / "train.jsonl", tmp_path / "out"
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert _run(manifest, model_dir, output) == 0
+    before = _features(output)
+    rows[2]["text"] = "something else was said"
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert _run(manifest, model_dir, output) == 0
+    assert "1 transcripts have changed, u2 first" in capsys.readouterr().out
+    after = _features(output)
+    assert after["utt2info"].pop("u2")["text"] == "something else was said"
+    assert not torch.equal(after["text_emb"].pop("u2"), before["text_emb"].pop("u2"))
+    before["utt2info"].pop("u2")
+    _assert_equal(after, before)
+
+    rows[1] |= {"text": "this is another corpus", "audio_path": rows[3]["audio_path"]}
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert _run(manifest, model_dir, output) == 1
+    told = capsys.readouterr().err
+    assert "1 utterances were done with another recording and another transcript; u1 was" in told and "rm -r" in told
+
+
 def test_a_subset_is_taken_evenly(tmp_path: Path, corpus: Path, model_dir: Path, never_stopped: Path) -> None:
     assert _run(corpus, model_dir, tmp_path, "--subset_ratio", "0.2", "--save_mode", "chunks") == 0
     assert list(_features(tmp_path)["utt2info"]) == ["u0", "u5", "u11", "u16"]

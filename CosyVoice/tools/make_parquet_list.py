@@ -89,8 +89,8 @@ def read_table(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; stage 0 writes it")
     table: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        key, _, value = line.strip().partition(" ")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        key, value = [*line.split(maxsplit=1), "", ""][:2]
         if key in table:
             raise ValueError(f"{path}:{number}: {key} stands there twice")
         if key:
