@@ -72,12 +72,12 @@ find_python() {
 
 # Run a command so that a signal to this script reaches it once, and wait until it has saved its work.
 run_stoppable() {
-    local child status=0
+    local child status=0 stopped=0
     set -m # a process group of its own: Ctrl-C comes through the trap alone
     "$@" &
     child=$!
-    trap 'kill -INT "$child"' INT
-    trap 'kill -TERM "$child"' TERM HUP
+    trap 'stopped=130; kill -INT "$child"' INT
+    trap 'stopped=143; kill -TERM "$child"' TERM HUP
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # a trap ended the wait, not the child
         status=0
@@ -85,5 +85,6 @@ run_stoppable() {
     done
     trap - INT TERM HUP
     set +m
+    ((stopped == 0 || status == 0)) || status=$stopped # a launcher of several processes ends with 1 then
     return "$status"
 }

@@ -150,6 +150,22 @@ def test_changed_text_is_said_again_and_another_model_is_refused(arguments, tmp_
     assert "seed: 1986 then, 7 now" in capsys.readouterr().err
 
 
+def test_another_prompt_is_gone_on_from_again(arguments, prompts, tmp_path):
+    assert inference.main(arguments) == 0
+    whole, times = wav_bytes(tmp_path / "said"), {}
+    times = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "said").glob("*.wav")}
+    shard = prompts / "parquet_0.tar"
+    rows = pq.read_table(shard).to_pylist()
+    changed = [row | {"spk_embedding": row["spk_embedding"][::-1]} for row in rows]
+    try:
+        pq.write_table(pa.Table.from_pylist(changed), shard)
+        assert inference.main(arguments) == 0
+    finally:
+        pq.write_table(pa.Table.from_pylist(rows), shard)
+    again = {path.stem for path in (tmp_path / "said").glob("*.wav") if path.stat().st_mtime_ns != times[path.stem]}
+    assert again == {key for key in whole if key.rsplit("_", 1)[0] in {row["utt"] for row in rows}}
+
+
 def test_stop_keeps_what_is_finished_and_writes_no_list(arguments, tmp_path, monkeypatch, capsys):
     write = inference.write_wav
 

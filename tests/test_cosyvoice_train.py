@@ -5,17 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_training
 import torch
+from accelerate import Accelerator
 from small_training import TRAIN_BATCHES, training_flags, use_made_up_data, write_config
 
 from cosyvoice.bin import train
+from cosyvoice.utils import executor
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import load_state
+from cosyvoice.utils.scheduler import ConstantLR
+from cosyvoice.utils.train_log import TrainLog
 
 MODELS = ("llm", "flow", "hifigan")
 
@@ -144,6 +151,51 @@ def test_a_training_may_end_by_the_clock_and_its_schedule_with_it(tmp_path: Path
     assert run(tmp_path / "llm", "llm", "--total_minutes", "0.01", config=config) == 0
     assert "complete: 0.01 minutes of training are over" in capsys.readouterr().out
     assert json.loads((tmp_path / "llm" / "last" / "state.json").read_text())["progress"]["seconds"] >= 0.6
+
+
+@pytest.mark.parametrize("seconds", [18.5, 19.5, 20.5, 21.5])  # in an epoch, at its end, before the next one, in that
+def test_the_last_weights_are_written_wherever_the_clock_ends_a_training(tmp_path: Path, monkeypatch, seconds) -> None:
+    now = [0.0]
+    monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+
+    class Falling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
+            return {"loss": (self.weight - 1).square().sum()}
+
+    def batches(epoch: int, skip: int) -> Iterator[dict[str, Any]]:
+        for _ in range(skip, 4):  # a second each, and one at the end
+            now[0] += 1
+            yield {"utts": ["u"]}
+        now[0] += 1
+
+    model = Falling()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    turn = executor.Turn(None, list(model.parameters()), optimizer, ConstantLR(optimizer), scaler)
+    config = executor.TrainConfig(
+        *(20, 5.0, 1, 100, -1), check_every=5, total_minutes=seconds / 60
+    )  # epochs, gradient's norm, accumulated, lines, steps between two cross-validations
+    log = TrainLog(tmp_path, None, 0, active=True)
+    log.draw = lambda title: None
+    notes = {"model": {}, "order": {}, "train_conf": {}}
+    once = lambda: (batch for batch in [{"utts": ["u"]}])  # noqa: E731
+    made = executor.Executor(model, [turn], batches, once, config, tmp_path, Accelerator(cpu=True), log, notes)
+    assert made.fit().complete
+    (written,) = tmp_path.glob("epoch_*.pt")
+    assert torch.equal(torch.load(written)["weight"], model.weight)
+    assert written.stem == {18.5: "epoch_3", 19.5: "epoch_3", 20.5: "epoch_3", 21.5: "epoch_4"}[seconds]
+
+
+def test_a_float32_state_goes_on_in_float16_and_another_optimizer_is_named(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 0
+    assert run(tmp_path / "llm", "llm", "--max_steps", "4", "--dtype", "fp16") == 0
+    config = write_config(tmp_path / "muon.yaml", {"optim: adam\n": "optim: muon\n"})
+    assert run(tmp_path / "llm", "llm", "--max_steps", "6", config=config) == 1
+    assert "was trained with another optimizer" in capsys.readouterr().err
 
 
 def test_nan_stops_with_step_and_utterances_and_keeps_the_last_state(tmp_path: Path, capsys, monkeypatch) -> None:

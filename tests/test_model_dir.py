@@ -299,6 +299,14 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypat
     assert not Path("payload-ran").exists()
 
 
+def test_the_published_trainers_counts_are_no_weights(tmp_path):
+    torch.save({"weight": torch.ones(2), "epoch": 3, "step": 700}, tmp_path / "llm.pt")
+    assert list(read_weights(tmp_path / "llm.pt")) == ["weight"]
+    torch.save({"weight": torch.ones(2), "optimizer": {}}, tmp_path / "llm.pt")
+    with pytest.raises(ValueError, match=r"a dict in which \['optimizer'\] are no tensors"):
+        read_weights(tmp_path / "llm.pt")
+
+
 @pytest.mark.parametrize("value", [{"epoch": 3, "model": {}}, [torch.zeros(1)], torch.zeros(1)])
 def test_something_else_than_a_state_dict_is_said_to_be_so(tmp_path, value):
     torch.save(value, tmp_path / "llm.pt")

@@ -102,6 +102,15 @@ def test_it_goes_on_from_its_state_bit_by_bit(network: Network, tmp_path: Path) 
         resumed.load_state_dict({**saved["optimizer"], "muon": None})
 
 
+def test_momentum_and_betas_are_those_of_now(network: Network) -> None:
+    before = both(network)
+    step(network, before)
+    after = MuonWithAdamW(muon_groups(network, adamw=["out"]), lr=LR, betas=(0.5, 0.6), momentum=0.7)
+    after.load_state_dict(before.state_dict())
+    assert after._muon.param_groups[0]["momentum"] == 0.7
+    assert after._adamw.param_groups[0]["betas"] == (0.5, 0.6)
+
+
 def test_schedules_and_weights_that_move_are_followed(network: Network) -> None:
     optimizer = both(network)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)

@@ -180,6 +180,19 @@ def test_a_signal_reaches_jobs_side_by_side_and_the_same_command_goes_on(
     assert (work / "c").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_launcher_that_ends_with_1_when_it_is_stopped_was_stopped(tmp_path: Path, number: int, code: int) -> None:
+    launcher = "import signal, sys, time; signal.signal(signal.SIGINT, stop := lambda *_: sys.exit(1)); "
+    launcher += "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(60)"
+    script = tmp_path / "run.sh"
+    script.write_text(f'set -euo pipefail\nsource {REPOSITORY}/taste/settings.sh\nrun_stoppable "$1" -c "$2"\n')
+    process = subprocess.Popen(["bash", script, sys.executable, launcher], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.wait(20)
+    assert process.returncode == code
+
+
 def test_two_recipes_do_not_work_in_one_folder(recipe: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     work = tmp_path / "work"
     (work / "job.sh").write_text('touch "$1.begun"; sleep 100 & wait $!\n')

@@ -128,7 +128,7 @@ def read_texts(path: str | Path) -> list[Text]:
     return texts
 
 
-def find_shards(utts: Iterable[str], data_list: str | Path, utt2data_list: str | Path) -> list[str]:
+def find_shards(utts: Iterable[str], data_list: str | Path, utt2data_list: str | Path) -> dict[str, str]:
     """Find the shards that hold some utterances.
 
     Args:
@@ -137,7 +137,7 @@ def find_shards(utts: Iterable[str], data_list: str | Path, utt2data_list: str |
         utt2data_list: one JSON file a line, each {utterance: shard}.
 
     Returns:
-        Their shards, in the order of `data_list`.
+        {utterance: its shard}.
 
     Raises:
         FileNotFoundError: a list, or a file that it names, is not there.
@@ -158,8 +158,7 @@ def find_shards(utts: Iterable[str], data_list: str | Path, utt2data_list: str |
             f"{len(absent)} utterances of --tts_text are in no shard of {data_list}: {', '.join(absent[:_SHOWN])}; "
             f"choose others ({len(shard_of)} are there, such as {next(iter(shard_of), 'none')}), or {REMAKE_SHARDS}"
         )
-    wanted = {shard_of[utt] for utt in utts}
-    return [shard for shard in shards if shard in wanted]
+    return {utt: shard_of[utt] for utt in utts}
 
 
 def read_prompts(data_list: str | Path, shards: Sequence[str], utts: set[str], pipeline: Sequence[Step]) -> Dataset:
@@ -215,11 +214,12 @@ def model_input(mode: str, tokens: Sequence[int], prompt: Mapping[str, Any]) -> 
     }
 
 
-def keep_finished(texts: Sequence[Text], result_dir: Path) -> list[Text]:
-    """Find what is still to be said; a wav of another text under the same name is removed.
+def keep_finished(texts: Sequence[Text], prompts: Mapping[str, str], result_dir: Path) -> list[Text]:
+    """Find what is still to be said; a wav of another text or prompt under the same name is removed.
 
     Args:
         texts: all of them.
+        prompts: what the shard of each utterance holds, in short.
         result_dir: where the wavs are; texts.json there is brought up to date.
 
     Returns:
@@ -228,9 +228,10 @@ def keep_finished(texts: Sequence[Text], result_dir: Path) -> list[Text]:
     record = result_dir / "texts.json"
     said = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for text in texts:
-        if said.get(text.key) != text.text:
+        now = {"text": text.text, "prompt": prompts[text.utt]}
+        if said.get(text.key) != now:
             (result_dir / f"{text.key}.wav").unlink(missing_ok=True)
-            said[text.key] = text.text
+            said[text.key] = now
     with atomic_path(record) as temporary:
         temporary.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return [text for text in texts if not (result_dir / f"{text.key}.wav").is_file()]
@@ -253,7 +254,8 @@ def run(settings: Settings) -> int:
         made_with |= {name: file_digest(path) for name, path in files._asdict().items()}
         wavs = [result_dir] if any(result_dir.glob("*.wav")) else []
         check_made_with(result_dir / "made_with.json", made_with, wavs)
-        todo = keep_finished(texts, result_dir)
+        digests = {shard: file_digest(shard) for shard in dict.fromkeys(shards.values())}
+        todo = keep_finished(texts, {utt: digests[shard] for utt, shard in shards.items()}, result_dir)
         if todo:
             (result_dir / "wav.scp").unlink(missing_ok=True)
             print(f"{result_dir}: {len(texts) - len(todo)} of {len(texts)} texts are said already; {settings.mode}")
@@ -276,7 +278,7 @@ def run(settings: Settings) -> int:
 
 
 def _say(
-    texts: Sequence[Text], files: ModelFiles, shards: Sequence[str], device: torch.device, settings: Settings
+    texts: Sequence[Text], files: ModelFiles, shards: Mapping[str, str], device: torch.device, settings: Settings
 ) -> tuple[StopRequest, dict[str, str]]:
     """Say texts, utterance by utterance; returns whether to stop, and why which texts could not be said."""
     try:
@@ -290,7 +292,8 @@ def _say(
     of_utt: dict[str, list[Text]] = {}
     for text in texts:
         of_utt.setdefault(text.utt, []).append(text)
-    prompts = read_prompts(settings.prompt_data, shards, set(of_utt), config["data_pipeline"])
+    holding = dict.fromkeys(shards[utt] for utt in of_utt)
+    prompts = read_prompts(settings.prompt_data, list(holding), set(of_utt), config["data_pipeline"])
     failures: dict[str, str] = {}
     with StopRequest() as stop, tqdm(total=len(texts), unit="text", disable=None) as progress:
         for prompt in prompts:

@@ -70,14 +70,14 @@ MAX_STEPS = None  # int: steps of the whole training; none: as many as the epoch
 MAX_MINUTES = None  # float: of this run, which then saves and ends well; none: no limit
 TOTAL_MINUTES = None  # float: of the whole training, all runs together; none: no limit
 CHECK_EVERY = None  # int: epochs between two cross-validations, each of which writes weights; none: 1
-SAVE_MINUTES = 10.0  # between two states saved within an epoch; 0: only at its end
+SAVE_MINUTES = 10.0  # between two states saved; 0: only at the end of an epoch that is checked
 ADVERSARIAL_FROM = None  # int: step of hifigan's first adversarial loss, its generator learns alone before; none: 0
 EMA_DECAY = 0.0  # keep a running average of the weights too (epoch_N_ema.pt), e.g. 0.999; 0: none
 NUM_THREADS = None  # int: CPU threads for the model; none: PyTorch's choice
 NUM_WORKERS = 0  # processes that prepare batches; 0: a thread
 PREFETCH = 4  # batches held ready, by each worker
 SEED = 1986  # of the weights, the order of the data, and dropout
-DEVICE = "auto"  # auto, cpu, cuda
+DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,6 +224,8 @@ def start_processes(settings: Settings) -> "Accelerator":
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     device = pick_device(settings.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # of several processes each is given its own afterwards
     # a turn of a GAN leaves the other part's weights alone
     exchange = DistributedDataParallelKwargs(find_unused_parameters=settings.model == "hifigan")
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[exchange])

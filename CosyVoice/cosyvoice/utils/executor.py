@@ -174,7 +174,8 @@ class Executor:
         self.notes["order"] = {**self.notes["order"], "processes": accelerator.num_processes}
         self.notes = json.loads(json.dumps(self.notes))  # as a checkpoint gives them back
         self._seen: dict[str, list[float]] = {}  # numbers of the steps since the last line
-        self._skipped = 0
+        self._unchecked = False  # there were steps since the last cross-validation at an epoch's end
+        self._skipped: dict[str | None, int] = {}  # steps of each turn, one after another
         self._waited = 0.0  # seconds for data since the last line
         self._run_began = self._counted_until = self._saved_at = self._line_at = time.monotonic()
 
@@ -213,15 +214,23 @@ class Executor:
             configured = [
                 {key: value for key, value in group.items() if key != "params"} for group in turn.optimizer.param_groups
             ]
-            turn.optimizer.load_state_dict(optimizer)
+            try:
+                turn.optimizer.load_state_dict(optimizer)
+            except (ValueError, KeyError) as error:
+                raise ValueError(
+                    f"{source} was trained with another optimizer ({error}); put optim back to go on, or start from "
+                    "the latest epoch_N.pt with --checkpoint and another --model_dir"
+                ) from error
             for group, settings in zip(turn.optimizer.param_groups, configured, strict=True):
                 group.update(settings)
-            turn.scaler.load_state_dict(scaler)
+            if scaler:  # else it was trained in another dtype
+                turn.scaler.load_state_dict(scaler)
         if self.ema is not None:
             if state["ema"] is None:
                 raise ValueError(f"{source} was trained without --ema_decay; leave it out to go on")
             self.ema.load(state["ema"])
         self.progress = progress
+        self._unchecked = bool(progress.batches) or progress.epoch % self.config.check_every != 0
         if changed:
             progress.batches_per_epoch = None
         for turn in self.turns:
@@ -249,10 +258,12 @@ class Executor:
         reason = self._completed()
         while reason is None:
             reason = self._train_epoch()
-            last_epoch = reason is not None or progress.epoch + 1 >= self.config.max_epoch
+            last_epoch = (reason or self._completed()) is not None or progress.epoch + 1 >= self.config.max_epoch
             due = last_epoch or (progress.epoch + 1) % self.config.check_every == 0
-            if progress.batches and due:
-                self._check_and_save(f"epoch_{progress.epoch}")
+            if self._unchecked and due:
+                # the time may have run out before this epoch's first step: then the weights are the last one's
+                self._check_and_save(f"epoch_{progress.epoch if progress.batches else progress.epoch - 1}")
+                self._unchecked = False
             if reason is None:
                 progress.batches_per_epoch, progress.epoch, progress.batches = progress.batches, progress.epoch + 1, 0
                 reason = self._completed()
@@ -338,6 +349,7 @@ class Executor:
                 self._seen.setdefault(turn.prefix + name, []).append(value)
             self._loss = values[names.index("loss")]
         self.progress.step += 1
+        self._unchecked = True
         for turn in self.turns:
             self._place_schedule(turn)
         if self.ema is not None:
@@ -361,12 +373,12 @@ class Executor:
     def _check_finite(self, turn: Turn, group: list[Batch], losses: dict[str, float], norm: float) -> None:
         """Refuse a step whose loss or gradient is no number; in float16, let the scaler look for a smaller scale."""
         if math.isfinite(norm) and (self.accelerator.num_processes > 1 or math.isfinite(losses["loss"])):
-            self._skipped = 0
+            self._skipped[turn.name] = 0
             return  # the gradient is a mean over the processes: where one's loss is no number, it is none either
         own = (math.isfinite(losses["loss"]), [str(utt) for batch in group for utt in batch["utts"]])
         seen = self._gather(own)
-        self._skipped += 1
-        if turn.scaler.is_enabled() and all(finite for finite, _ in seen) and self._skipped <= MOST_SKIPPED_STEPS:
+        skipped = self._skipped[turn.name] = self._skipped.get(turn.name, 0) + 1
+        if turn.scaler.is_enabled() and all(finite for finite, _ in seen) and skipped <= MOST_SKIPPED_STEPS:
             return
         guilty = [part for part in seen if not part[0]] or seen
         utts = [utt for _, names in guilty for utt in names]

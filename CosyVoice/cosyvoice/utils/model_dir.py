@@ -34,6 +34,7 @@ SPEECH_TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 SPEAKERS_FILE = "spk2info.pt"
 REQUIRED_FILES = (CONFIG_FILE, *WEIGHT_FILES.values(), SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE)
 
+COUNTS = ("epoch", "step")
 SHOWN_NAMES = 5  # state-dict keys a message lists before it only counts
 GIT_LFS_POINTER = b"version https://git-lfs"
 
@@ -238,8 +239,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: see `read_torch_file`; or the file holds something other than a state dict.
     """
     weights = read_torch_file(path)
+    if isinstance(weights, dict):  # the published train.py puts two numbers among the tensors
+        weights = {name: value for name, value in weights.items() if not (name in COUNTS and isinstance(value, int))}
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        found = f"a dict with {list(weights)[:SHOWN_NAMES]}" if isinstance(weights, dict) else type(weights).__name__
+        found = type(weights).__name__
+        if isinstance(weights, dict):
+            others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+            found = f"a dict in which {others[:SHOWN_NAMES]} are no tensors"
         raise ValueError(f"{path} holds {found}; wanted a state dict {{name: tensor}}")
     return weights
 

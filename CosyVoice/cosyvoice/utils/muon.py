@@ -104,7 +104,12 @@ class MuonWithAdamW(Optimizer):
                     f"the state has {'no' if state is None else 'a'} part for {name}, expected the reverse"
                 )
             if optimizer is not None:
+                configured = [
+                    {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+                ]
                 optimizer.load_state_dict(state)
+                for group, settings in zip(optimizer.param_groups, configured, strict=True):
+                    group.update(settings)  # momentum and betas are those of now, as lr is
         for group, settings in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(settings)
 
