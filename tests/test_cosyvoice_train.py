@@ -243,6 +243,19 @@ def test_initial_weights_are_loaded_strictly_and_from_half_precision(tmp_path: P
     assert "1 unexpected: other" in message
 
 
+def test_a_training_does_not_go_on_from_another_start(tmp_path: Path, capsys) -> None:
+    assert run(tmp_path / "first", "llm", "--max_steps", "1") == 0
+    start = tmp_path / "start.pt"
+    start.write_bytes((tmp_path / "first" / "init.pt").read_bytes())
+    flags = ["--checkpoint", str(start), "--max_steps"]
+    assert run(tmp_path / "second", "llm", *flags, "1") == 0
+    assert run(tmp_path / "second", "llm", *flags, "2") == 0
+    assert run(tmp_path / "second", "llm", "--max_steps", "3") == 0  # without the flag it goes on too
+    start.write_bytes((tmp_path / "first" / "epoch_0.pt").read_bytes())
+    assert run(tmp_path / "second", "llm", *flags, "4") == 1
+    assert "began with other weights" in capsys.readouterr().err
+
+
 def test_a_vocoder_alone_starts_a_gan(tmp_path: Path) -> None:
     assert run(tmp_path / "first", "hifigan", "--max_steps", "1") == 0
     weights = torch.load(tmp_path / "first" / "epoch_0.pt", weights_only=True)

@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_EXAMPLE = REPOSITORY / "CosyVoice" / "examples" / "tiny"
 sys.path.insert(0, str(TINY_EXAMPLE))
 
+import train_s3_tokenizer  # noqa: E402
 import train_speaker_encoder  # noqa: E402
 import train_whisper  # noqa: E402
 import whisper_batches  # noqa: E402
@@ -168,6 +169,45 @@ def test_tokens_share_their_words_time_and_punctuation_takes_the_pause() -> None
 @pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
 def test_flite_says_the_phones_of_single_words() -> None:
     assert pronounce({"the", "cat"}, "flite") == {"cat": ("k", "ae", "t"), "the": ("dh", "ax")}
+
+
+# ---- S3 tokenizer
+
+SMALL_TOKENIZER = ["--width", "64", "--layers", "1", "--recogniser-layers", "1", "--codes", "16", "--epochs", "2"]
+SMALL_TOKENIZER += ["--open-epochs", "1", "--reader-epochs", "3", "--reader-frames-per-batch", "300"]
+
+
+def test_a_stopped_recogniser_goes_on_to_the_same_weights_and_is_no_other_tokenizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b")
+    assert train_s3_tokenizer.main([*SMALL_TOKENIZER, "--work-dir", str(straight)]) == 0
+    reader = straight / "s3_tokenizer" / "reader.pt"
+    learned = torch.load(reader, weights_only=True)["reader"]
+    time = reader.stat().st_mtime_ns
+    assert train_s3_tokenizer.main([*SMALL_TOKENIZER, "--work-dir", str(straight)]) == 0
+    assert reader.stat().st_mtime_ns == time  # the same command again
+
+    with monkeypatch.context() as stopping:
+        asked = iter([False, False, True])  # after two epochs and the recogniser's first pass
+        stopping.setattr(StopRequest, "requested", property(lambda self: next(asked)))
+        stopping.setattr(StopRequest, "exit_code", 130)
+        assert train_s3_tokenizer.main([*SMALL_TOKENIZER, "--work-dir", str(stopped)]) == 130
+    assert not (stopped / "s3_tokenizer" / "metrics.json").exists()
+    assert train_s3_tokenizer.main([*SMALL_TOKENIZER, "--work-dir", str(stopped)]) == 0
+    again = torch.load(stopped / "s3_tokenizer" / "reader.pt", weights_only=True)["reader"]
+    assert all(torch.equal(value, again[name]) for name, value in learned.items())
+
+    (straight / "s3_tokenizer" / "last.pt").unlink()
+    assert train_s3_tokenizer.main([*SMALL_TOKENIZER, "--seed", "1", "--work-dir", str(straight)]) == 0
+    other = torch.load(reader, weights_only=True)["reader"]
+    assert any(not torch.equal(value, other[name]) for name, value in learned.items())
+
+
+def test_a_tokenizer_needs_epochs_for_its_codes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        train_s3_tokenizer.main(["--work-dir", str(tmp_path), "--epochs", "7"])
+    assert "none would be left for the codes" in capsys.readouterr().err
 
 
 # ---- Whisper encoder

@@ -115,7 +115,9 @@ def test_another_models_measurements_are_not_mixed(evaluate: ModuleType, tmp_pat
     model.mkdir()
     for name in evaluate.MODEL_FILES:
         (model / name).write_text(name)
-    arguments = ["--model-dir", str(model), "--manifest", "m.jsonl", "--output", str(tmp_path / "out")]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("{}")
+    arguments = ["--model-dir", str(model), "--manifest", str(manifest), "--output", str(tmp_path / "out")]
     evaluate.prepare_output(evaluate.parse_arguments(arguments))
     evaluate.prepare_output(evaluate.parse_arguments(arguments))
     heard = evaluate.Notes(tmp_path / "out" / "heard.jsonl")
@@ -128,6 +130,21 @@ def test_another_models_measurements_are_not_mixed(evaluate: ModuleType, tmp_pat
     evaluate.prepare_output(evaluate.parse_arguments([*arguments, "--overwrite"]))
     assert list(evaluate.Notes(heard.path).by_id) == ["a/original"]
     assert not (tmp_path / "out" / "spoken.jsonl").exists()
+    manifest.write_text("{} ")  # other recordings under the same name
+    evaluate.prepare_output(evaluate.parse_arguments([*arguments, "--overwrite"]))
+    assert not evaluate.Notes(heard.path).by_id
+
+
+def test_another_tokenizers_error_is_not_the_models(evaluate: ModuleType, tmp_path: Path) -> None:
+    model, theirs = tmp_path / "model", tmp_path / "work" / "s3_tokenizer"
+    for folder in (model, theirs):
+        folder.mkdir(parents=True)
+        (folder / "speech_tokenizer_v1.onnx").write_text("one")
+    (theirs / "metrics.json").write_text('{"test": {"character_error_rate": 0.1}}')
+    arguments = ["--model-dir", str(model), "--data-dir", str(tmp_path / "work/corpus/test"), "--output", "out"]
+    assert evaluate.find_tokenizer_metrics(evaluate.parse_arguments(arguments)) == {"character_error_rate": 0.1}
+    (model / "speech_tokenizer_v1.onnx").write_text("another")
+    assert evaluate.find_tokenizer_metrics(evaluate.parse_arguments(arguments)) is None
 
 
 def test_a_missing_listener_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

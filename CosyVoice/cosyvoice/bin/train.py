@@ -18,7 +18,7 @@ Exit codes: 0 complete, or --max_minutes are over; 1 error; 2 unknown flag; 130 
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ from cosyvoice.utils.train_utils import (  # noqa: E402
 )
 from taste.interrupt import StopRequest  # noqa: E402
 from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
+from taste.provenance import file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
         seed_everything(config.seed)
         model = load_model(settings.config, settings.model)
         saved = load_state_file(model_dir / LAST_FOLDER)
+        start = check_start(settings.checkpoint, saved[1] if saved else None, model_dir / LAST_FOLDER)
         loaded = load_initial_weights(model, settings.checkpoint) if settings.checkpoint and not saved else None
         model.to(accelerator.device)
         train_batches, cv_batches = open_data(settings, cache=conf.get("cache", False))
@@ -154,6 +156,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
                 settings.config, settings.model, settings.train_data, config.seed, settings.num_workers
             ),
             "train_conf": {**conf, **vars(config)},
+            "start": start,
         }
         executor = Executor(
             model,
@@ -210,6 +213,30 @@ def check_settings(settings: Settings) -> None:
         problems.append(f"--ema_decay is {settings.ema_decay}, wanted 0 (none), or less than 1")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_start(checkpoint: str | None, notes: Mapping[str, Any] | None, last: Path) -> str | None:
+    """Refuse to go on with a training that began with other weights than it is given now.
+
+    Args:
+        checkpoint: file of the weights to begin with.
+        notes: of the state to go on from, where there is one.
+        last: its folder, for the message.
+
+    Returns:
+        what names the weights that the training began with.
+
+    Raises:
+        ValueError: they are others now.
+    """
+    then = notes.get("start") if notes else None
+    now = file_digest(checkpoint) if checkpoint else then
+    if then is not None and now != then:
+        raise ValueError(
+            f"{last} began with other weights than --checkpoint {checkpoint} holds now; begin anew in another "
+            "--model_dir, or leave --checkpoint out to go on"
+        )
+    return now
 
 
 def start_processes(settings: Settings) -> "Accelerator":

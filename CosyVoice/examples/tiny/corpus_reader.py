@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+PLAN_FILE = "plan.sha256"  # of a corpus folder: names what make_corpus.py planned
 PAUSE = "pau"
 # flite's US English phones; the pause is class 0
 PHONES = (
@@ -26,6 +27,19 @@ class Spoken(NamedTuple):
     text: str  # as written
     speaker: str
     phones: list[tuple[str, float]]  # phone, end in seconds of the recording
+
+
+def plan_of(corpus: Path) -> str:
+    """What names the plan that a corpus was made by: the same utterances from the same settings and grammar.
+
+    Args:
+        corpus: the folder, as make_corpus.py makes it.
+
+    Returns:
+        a fingerprint; '' where nobody noted it.
+    """
+    path = corpus / PLAN_FILE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def read_split(corpus: Path, split: str) -> list[Spoken]:

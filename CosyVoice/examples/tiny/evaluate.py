@@ -329,6 +329,11 @@ def collect(items: Sequence[Item], spoken: Notes, heard: Notes, voices: Notes) -
     return joined
 
 
+def lists_of(data_dir: Path) -> list[Path]:
+    """The tables that say which recordings a folder has, and what is said in them."""
+    return [data_dir / "wav.scp", data_dir / "text"]
+
+
 def prepare_output(args: argparse.Namespace) -> None:
     """Make the output folder, or check that it belongs to this model and these settings.
 
@@ -338,6 +343,7 @@ def prepare_output(args: argparse.Namespace) -> None:
     made_with = {
         "model": {name: file_digest(args.model_dir / name) for name in MODEL_FILES},
         "data": str((args.manifest or args.data_dir).resolve()),
+        "lines": [file_digest(path) for path in ([args.manifest] if args.manifest else lists_of(args.data_dir))],
         "seed": args.seed,
     }
     mark = args.output / "made_with.json"
@@ -353,7 +359,7 @@ def prepare_output(args: argparse.Namespace) -> None:
             if (args.output / name).is_dir():
                 shutil.rmtree(args.output / name)
         heard = args.output / "heard.jsonl"  # what was heard in the recordings themselves stays true
-        keep = before["data"] == made_with["data"]
+        keep = all(before.get(name) == made_with[name] for name in ("data", "lines"))
         lines = [line for line in heard.read_text(encoding="utf-8").splitlines(True)] if heard.exists() else []
         kept = [line for line in lines if keep and line.endswith("\n") and json.loads(line)["id"].endswith("/original")]
         with atomic_path(heard) as temporary:
@@ -362,10 +368,16 @@ def prepare_output(args: argparse.Namespace) -> None:
 
 
 def find_tokenizer_metrics(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Read what the S3 tokenizer's training measured on its test set, where that is to be had."""
+    """Read what the S3 tokenizer's training measured on its test set, where that is to be had.
+
+    Beside the data lies what the recipe's own tokenizer reached, which the model need not have.
+    """
     path = args.s3_metrics
     if path is None and args.data_dir is not None:
         path = args.data_dir.resolve().parents[1] / "s3_tokenizer" / "metrics.json"
+        theirs, ours = path.with_name(SPEECH_TOKENIZER_FILE), args.model_dir / SPEECH_TOKENIZER_FILE
+        if not theirs.is_file() or file_digest(theirs) != file_digest(ours):
+            return None
     return json.loads(path.read_text(encoding="utf-8"))["test"] if path is not None and path.is_file() else None
 
 

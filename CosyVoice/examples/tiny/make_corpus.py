@@ -38,6 +38,7 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
+from corpus_reader import PLAN_FILE  # noqa: E402
 from flite_speech import (  # noqa: E402
     SAMPLE_RATE_HZ,
     VOICES,
@@ -366,7 +367,7 @@ def claim_folder(corpus: Path, plan: Sequence[Planned]) -> None:
         ValueError: the folder holds the recordings of another plan.
     """
     fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    mark = corpus / "plan.sha256"
+    mark = corpus / PLAN_FILE
     if mark.exists() and mark.read_text(encoding="utf-8").strip() != fingerprint:
         raise ValueError(
             f"{corpus} holds a corpus made with other settings (--hours, --lively-hours, --dev, --test, --seed) or by "

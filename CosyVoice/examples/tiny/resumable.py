@@ -110,7 +110,7 @@ def resume(path: Path, parts: Mapping[str, Any], deciding: Mapping[str, Any]) ->
     """
     if not path.is_file():
         return 0
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it may be of a machine with a GPU
     changed = [name for name in deciding if checkpoint["settings"].get(name) != deciding[name]]
     if changed:
         raise ValueError(

@@ -144,6 +144,7 @@ train_llm() {
     local start="$WORK_DIR/llm_start/llm.pt" split
     needs 0 "$CORPUS"/{train,phrases,lively,dev}/{text,phones}
     needs 1 "$S3_TOKENIZER"
+    needs "--config" "$CONFIG"
     gives "$start"
     how --threads "$THREADS_A_JOB" --device "$DEVICE"
     step stage6-start "$PYTHON" "$HERE/start_llm.py" --work-dir "$WORK_DIR" --config "$CONFIG"
@@ -153,6 +154,7 @@ train_llm() {
         needs 4 "$CORPUS/$split/utt2speech_token.pt"
     done
     needs 6 "$start"
+    needs "--config" "$CONFIG"
     gives "$EXP/llm/llm.pt"
     clears "$EXP/llm"
     FLAGS=(--minutes "$MINUTES_LLM")
@@ -168,6 +170,7 @@ train_llm() {
 begin_flow() {
     needs 0 "$CORPUS"/train/{wav.scp,text,utt2spk,phones}
     needs 1 "$S3_TOKENIZER"
+    needs "--config" "$CONFIG"
     gives "$1"
     step stage6-flow-start "$PYTHON" "$HERE/start_flow.py" --work-dir "$WORK_DIR" --config "$CONFIG"
 }
@@ -192,6 +195,7 @@ train_model() {
     sed -e "s/max_frames_in_batch: .*/max_frames_in_batch: $((1000 * BATCH_FACTOR))/" \
         -e "s/^    batch_size: 8$/    batch_size: $((8 * BATCH_FACTOR))/" "$CONFIG" >"$config.new"
     keep "$config"
+    needs "--config" "$config"
     gives "$EXP/$1/metrics.jsonl"
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
     FLAGS=()
@@ -237,6 +241,7 @@ assemble() {
     needs 3 "$CORPUS/train/spk2embedding.pt"
     needs 6 "$EXP/llm/llm.pt" "$EXP/flow/flow.pt" "$EXP/hifigan/hifigan.pt"
     needs 7 "$WORK_DIR/whisper/model.safetensors"
+    needs "--config" "$CONFIG"
     [[ ! -e "$WORK_DIR/taste.pt" ]] || needs "train_taste.py, by hand" "$WORK_DIR/taste.pt"
     gives "$OUTPUT/README.md" "$OUTPUT/spk2info.pt"
     step stage8 "$PYTHON" "$HERE/assemble.py" --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
@@ -262,6 +267,9 @@ evaluate() {
             --output "$report/real" "${flags[@]}"
     fi
     needs 9 "$report/test/report.md"
+    [[ ! -e "$report/real/report.md" ]] || needs 9 "$report/real/report.md"
+    [[ ! -e "$WORK_DIR/provenance.md" ]] || needs "written by hand" "$WORK_DIR/provenance.md"
+    gives "$OUTPUT/README.md"
     step stage9-readme "$PYTHON" "$HERE/assemble.py" --readme-only \
         --work-dir "$WORK_DIR" --config "$CONFIG" --output "$OUTPUT"
 }

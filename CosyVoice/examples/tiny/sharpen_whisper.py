@@ -146,7 +146,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     device, folder = pick_device(settings.device), settings.out
     dtype = pick_dtype(settings.dtype, device)
     print(f"settings of {folder}:\n{settings.describe()}\n")
-    settings.save(folder / "settings.json")
     torch.set_float32_matmul_precision("high")
     tokenizer = Path(settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / TOKENIZER_FILE)
     torch.manual_seed(settings.seed)
@@ -157,7 +156,9 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     names = UnitNames(onnx2torch(str(tokenizer))["quantizer._codebook.embed"].float()[units])
     sharpening = Sharpening(settings, whisper, earlier, names, learned, measured, unit_codes()[units], tokenizer, dtype)
     sharpening.to(device)
-    if not sharpening.go_on():
+    went_on = sharpening.go_on()
+    settings.save(folder / "settings.json")
+    if not went_on:
         if not sharpening.name_units(stop_requested):
             print("stopped before anything could be saved; the same command begins anew", file=sys.stderr)
             return False

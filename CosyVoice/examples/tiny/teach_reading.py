@@ -147,13 +147,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     if not start.is_file():
         raise FileNotFoundError(f"{start}: there is no such file; run start_llm.py first, or give --llm")
     print(f"settings of {folder}:\n{settings.describe()}\n")
-    settings.save(folder / "settings.json")
     torch.set_float32_matmul_precision("high")
     items = [item for name in settings.splits for item in read_aligned(settings, name)]
     unheard = read_aligned(settings, settings.dev)
     pace = usual_pace(items)
     learned, measured = AlignedSet(items, device, pace), AlignedSet(unheard, device, pace)
-    save_file(folder / WORDS_FILE, learned.describe() | measured.describe())
 
     torch.manual_seed(settings.seed)
     llm = load_model(settings.config, "llm")
@@ -167,6 +165,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device} in {dtype}"
     )
     teaching.go_on()
+    settings.save(folder / "settings.json")
+    save_file(folder / WORDS_FILE, learned.describe() | measured.describe())
     return teaching.until_the_end(stop_requested)
 
 

@@ -3,7 +3,8 @@
     python CosyVoice/examples/tiny/train_s3_tokenizer.py --work-dir CosyVoice/examples/tiny/work
 
 In: `<work-dir>/corpus/{train,dev,test}`. Out, in `<work-dir>/s3_tokenizer/`: speech_tokenizer_v1.onnx, metrics.json
-(character error after quantization, codes in use), loss_curve.png and last.pt, where a stopped run goes on.
+(character error after quantization, codes in use), loss_curve.png, and last.pt and reader_last.pt, where a stopped run
+goes on after the last finished pass; reader.pt is the recogniser.
 The first epochs train the encoder without the quantizer; then k-means places the codes and the rest learns with them.
 The tokenizer is then finished and written. The recogniser behind it learns on alone, from the codes: the character
 error is to say what the codes hold, not how little a recogniser learned in the same time.
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
-from corpus_reader import Spoken, character_classes, phone_classes, read_split, spell  # noqa: E402
+from corpus_reader import Spoken, character_classes, phone_classes, plan_of, read_split, spell  # noqa: E402
 from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
 from s3_tokenizer_training import Recognised, TokenizerTeacher, read_characters, recogniser_loss  # noqa: E402
 from s3tokenizer.model import ModelConfig  # noqa: E402
@@ -46,6 +47,7 @@ from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
+from taste.provenance import digest  # noqa: E402
 from taste.s3_units import HEAD_WIDTH, count_units, load_s3_tokenizer, open_extractor  # noqa: E402
 
 SAMPLE_RATE_HZ = 16_000
@@ -171,7 +173,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to be gone on with."""
-        return {name: getattr(self.args, name) for name in SETTINGS_THAT_MUST_MATCH}
+        settings = {name: getattr(self.args, name) for name in SETTINGS_THAT_MUST_MATCH}
+        return settings | {"corpus": plan_of(self.args.work_dir / "corpus")}
 
     def save(self) -> None:
         """Write all of it, so that a rerun goes on after the last finished epoch."""
@@ -313,12 +316,41 @@ class Run:
             result["code_perplexity"] = float((-(share * share.log()).sum()).exp())
         return result
 
-    def train_reader(self, examples: list[Example]) -> None:
-        """Let the recogniser learn on from the finished tokenizer's codes; nothing of the tokenizer changes."""
+    @property
+    def reader_settings(self) -> dict[str, Any]:
+        """What a recogniser must have learned from, and how, to be this tokenizer's."""
         args = self.args
-        if self.reader_path.is_file():
-            self.model.load_state_dict(torch.load(self.reader_path, map_location=args.device, weights_only=True))
-            return
+        return {
+            "tokenizer": digest([*self.model.encoder.state_dict().values(), self.model.codebook]),
+            "corpus": plan_of(args.work_dir / "corpus"),
+            **{name: getattr(args, name) for name in ("reader_epochs", "reader_frames_per_batch", "seed")},
+        }
+
+    def take_reader(self) -> bool:
+        """Take the recogniser that learned from this tokenizer's codes; gives False where there is none."""
+        state = self._reader_state(self.reader_path)
+        if state:
+            self.model.reader().load_state_dict(state["reader"])
+        return bool(state)
+
+    def _reader_state(self, path: Path) -> dict[str, Any]:
+        """What a file holds of this tokenizer's recogniser; nothing where it is not there, or another's."""
+        if not path.is_file():
+            return {}
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        return state if state.get("settings") == self.reader_settings else {}
+
+    def train_reader(self, examples: list[Example], stop: StopRequest) -> bool:
+        """Let the recogniser learn on from the finished tokenizer's codes; nothing of the tokenizer changes.
+
+        Args:
+            examples: to learn from.
+            stop: asked after each pass.
+
+        Returns:
+            False where it was asked to stop; the next run goes on after that pass.
+        """
+        args = self.args
         codes = self.tokenize(examples)
         reader = self.model.reader()
         optimizer = MuonWithAdamW(muon_groups(reader), lr=READER_LR, betas=(0.9, 0.98), weight_decay=0.01)
@@ -327,8 +359,13 @@ class Run:
             optimizer, READER_LR, max(2, round(1.05 * total)), pct_start=0.1, cycle_momentum=False
         )
         codebook = self.model.codebook.detach().cpu()
+        last_path = self.reader_path.with_name("reader_last.pt")
+        parts = {"reader": reader, "optimizer": optimizer, "schedule": schedule}
+        last = self._reader_state(last_path)
+        for name in parts if last else ():
+            parts[name].load_state_dict(last[name])
         self.model.train()
-        for epoch in range(args.reader_epochs):
+        for epoch in range(last.get("epochs", 0), args.reader_epochs):
             batches = plan_batches(examples, args.reader_frames_per_batch, args.seed, args.epochs + epoch)
             bar = tqdm(batches, desc=f"recogniser {epoch + 1}/{args.reader_epochs}", unit="batch", mininterval=5)
             draw = random.Random(f"hide/{args.seed}/{epoch}")
@@ -344,15 +381,22 @@ class Run:
                 with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                     character_logits, phone_logits = self.model.read(rows, valid)
                 out = Recognised(character_logits, phone_logits, lengths, rows.new_zeros(()), None)
-                loss, parts = recogniser_loss(out, characters, character_lengths, phones, 0.0)
+                loss, losses = recogniser_loss(out, characters, character_lengths, phones, 0.0)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(reader.parameters(), GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
-                bar.set_postfix(ctc=f"{parts['ctc']:.2f}")
+                bar.set_postfix(ctc=f"{losses['ctc']:.2f}")
+            with atomic_path(last_path) as unfinished:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                torch.save({"settings": self.reader_settings, "epochs": epoch + 1, **state}, unfinished)
+            if stop.requested:
+                return False
         with atomic_path(self.reader_path) as unfinished:
-            torch.save(self.model.state_dict(), unfinished)
+            torch.save({"settings": self.reader_settings, "reader": reader.state_dict()}, unfinished)
+        last_path.unlink(missing_ok=True)
+        return True
 
     @torch.no_grad()
     def tokenize(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -417,7 +461,7 @@ def train(args: argparse.Namespace) -> int:
     else:
         run.resume()
     train_set = []
-    if run.epoch < args.epochs or (args.reader_epochs and not run.reader_path.is_file()):
+    if run.epoch < args.epochs or (args.reader_epochs and not run.take_reader()):
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
     with StopRequest() as stop:
@@ -437,13 +481,15 @@ def train(args: argparse.Namespace) -> int:
             if stop.requested:
                 print("stopped; the same command goes on from here")
                 return stop.exit_code
-    path = run.export()
-    print(f"{path} is written; the recogniser learns on from its codes", flush=True)
-    before = run.evaluate(dev_set, quantize=True)
-    if args.reader_epochs:
-        if (corpus / "lively").is_dir() and not run.reader_path.is_file():
-            train_set += load_examples(read_split(corpus, "lively"), "log-mels, lively")
-        run.train_reader(train_set)
+        path = args.finished or run.export()
+        print(f"{path} is written; the recogniser learns on from its codes", flush=True)
+        before = run.evaluate(dev_set, quantize=True)
+        if args.reader_epochs and not run.take_reader():
+            if (corpus / "lively").is_dir():
+                train_set += load_examples(read_split(corpus, "lively"), "log-mels, lively")
+            if not run.train_reader(train_set, stop):
+                print("stopped; the same command goes on from here")
+                return stop.exit_code
     wrong, tokens = count_disagreements(path, splits["test"])
     metrics = {
         "dev_before_the_recogniser_learned_alone": before,
@@ -486,6 +532,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     args = parser.parse_args(argv)
+    if not args.finished and not args.open_epochs < args.epochs:
+        parser.error(f"--open-epochs is {args.open_epochs}: of {args.epochs} epochs none would be left for the codes")
     torch.set_num_threads(args.num_threads)
     try:
         return train(args)

@@ -29,7 +29,7 @@ from torch import Tensor
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
 
-from corpus_reader import read_split  # noqa: E402
+from corpus_reader import plan_of, read_split  # noqa: E402
 from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
 from speaker_onnx import export_speaker_encoder  # noqa: E402
@@ -95,7 +95,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     folder = settings.work_dir / "speaker_encoder"
     done = folder / ".done"
     print(f"settings of {folder}:\n{settings.describe()}\n")
-    settings.save(folder / "settings.json")
     recordings = load_recordings(settings.work_dir / "corpus", "train")
     speakers = sorted({recording.speaker for recording in recordings})
     torch.manual_seed(settings.seed)
@@ -166,8 +165,10 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     steps_an_epoch = math.ceil(len(recordings) / settings.batch_size)
     deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING} | {"speakers": list(speakers)}
+    deciding["corpus"] = plan_of(settings.work_dir / "corpus")
     parts = {"net": net, "classifier": classifier, "optimizer": optimizer}
     first_epoch = resume(checkpoint_path, parts, deciding)
+    settings.save(checkpoint_path.with_name("settings.json"))
     class_of = {speaker: index for index, speaker in enumerate(speakers)}
     for epoch in range(first_epoch, settings.epochs):
         started = time.monotonic()

@@ -125,7 +125,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     print(f"settings of {settings.out}:\n{settings.describe()}\n")
-    settings.save(settings.out / "settings.json")
     torch.set_float32_matmul_precision("high")
     model_sizes = sizes(settings.model_dir)
     train_sets = [open_set(name, model_sizes) for name in settings.train]
@@ -155,6 +154,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     )
     print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
     training.go_on(state_path)
+    settings.save(settings.out / "settings.json")
     finished = training.until_the_end(stop_requested)
     if finished:
         metrics = {"steps": training.step, "seconds": training.seconds, "dev": training.history[-1]["dev"]}
@@ -499,7 +499,13 @@ class JointTraining(LongTraining):
         plot_comparison(self.settings.out / "loss_curve.png", histories, bars)
 
     def save(self) -> None:
-        """Write state, language model and parts."""
+        """Write state, language model and parts.
+
+        Raises:
+            ValueError: a loss is no number; nothing is written.
+        """
+        if self.unlogged and not bool(torch.stack(self.unlogged).isfinite().all()):
+            self.log(self.share())
         out = self.settings.out
         save_checkpoint(self.state_path, self.epoch, self._parts(), self._deciding())
         save_file(out / "llm.pt", {name: value.detach().cpu() for name, value in self.joint.llm.state_dict().items()})

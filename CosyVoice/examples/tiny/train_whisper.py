@@ -6,7 +6,7 @@ generation_config.json, preprocessor_config.json and model.safetensors (float16)
 settings.json, and last.pt, from which a run that was stopped goes on; .done when all is there. Needs flite, for the
 phones of single words.
 
-    python CosyVoice/examples/tiny/train_whisper.py --text-embedding CosyVoice/examples/tiny/work/exp/llm/init.pt
+    python CosyVoice/examples/tiny/train_whisper.py --text-embedding CosyVoice/examples/tiny/work/exp/llm/llm.pt
     python CosyVoice/examples/tiny/train_whisper.py --minutes 8 --frames-per-batch 20000 --num-workers 12       (a GPU)
     python CosyVoice/examples/tiny/train_whisper.py --work-dir /tmp/work --steps 100                            (a look)
 
@@ -129,7 +129,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     dtype = pick_dtype(settings.dtype, device)
     folder = settings.work_dir / "whisper"
     print(f"settings of {folder}:\n{settings.describe()}\n")
-    settings.save(folder / "settings.json")
     torch.set_float32_matmul_precision("high")
     learned, measured, vocabulary, units = read_corpora(settings)
     hours = sum(len(example.phones) for example in learned.examples) / FRAMES_PER_SECOND / 3600
@@ -148,6 +147,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     start_digest = file_digest(start / "model.safetensors" if start.is_dir() else start)
     listening = Listening(settings, folder, whisper, teacher, learned.examples, measured.examples, start_digest, dtype)
     listening.go_on()
+    settings.save(folder / "settings.json")
     if not listening.until_the_end(stop_requested):
         print(f"stopped after step {listening.step}; the same command goes on from there", file=sys.stderr)
         return False
