@@ -229,8 +229,8 @@ def evaluate_sounds(
 
     A system that made no sound of an utterance misses all its words there and is compared in nothing else. Word error
     is over all words of the set, durations over all words compared, the other measures are means over utterances. The
-    recordings themselves are the system `original`, which has a word error only. Words are timed by looking for the
-    transcript in both sounds where the recogniser can (as the paper does), else by what it hears.
+    recordings themselves are the system `original`, which has a word error only. Durations are compared of words that
+    the recogniser hears in both sounds; where it can look for the transcript, it times them by that.
 
     Args:
         rows: the utterances.
@@ -326,15 +326,24 @@ def _listen(
         expected = recogniser.align(row.original, rate_hz, row.text)
         for name in row.sounds:
             there = recogniser.align(row.sounds[name], rate_hz, row.text) if expected else None
-            pair = (expected, there) if expected and there else (heard["original"], heard[name])
+            pair = heard["original"], heard[name]
+            if expected and there:  # an alignment has every word of the transcript, whatever was said
+                said = _understood(expected, heard["original"]) & _understood(there, heard[name])
+                pair = tuple([words[place] for place in sorted(said)] for words in (expected, there))
             results[name].durations.append(compare_durations(*pair))
             aligned, compared = aligned + bool(there), compared + 1
     notes = [f"words written down by {recogniser.name}: {len(understood)} of {len(rows)} utterances"]
     if compared:
         notes.append(
-            f"words timed by looking for the transcript in {aligned} of {compared} sounds, else by what was heard"
+            f"words timed by looking for the transcript in {aligned} of {compared} sounds, else by what was heard; "
+            "compared where they were heard in the recording and in the sound"
         )
     return notes
+
+
+def _understood(transcript: Sequence[Word], heard: Sequence[Word]) -> set[int]:
+    """Places of the transcript's words that were heard."""
+    return {place for place, _ in _agreeing([word.text for word in transcript], [word.text for word in heard])}
 
 
 def _compare(

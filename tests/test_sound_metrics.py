@@ -182,8 +182,8 @@ class ScriptedRecogniser:
 
     name = "script"
 
-    def __init__(self, heard: dict[int, list[Word]], aligns: bool) -> None:
-        self.heard, self.aligns = heard, aligns
+    def __init__(self, heard: dict[int, list[Word]], aligned: dict[int, list[Word]] | None) -> None:
+        self.heard, self.aligned = heard, aligned
 
     def hears(self, language):
         return language == "en"
@@ -192,19 +192,20 @@ class ScriptedRecogniser:
         return self.heard[len(waveform)]
 
     def align(self, waveform, rate_hz, text):
-        return self.heard[len(waveform)] if self.aligns else None
+        return self.aligned[len(waveform)] if self.aligned else None
 
 
 def test_a_system_without_a_sound_misses_all_words_and_is_compared_in_nothing(recordings):
     original, shorter = recordings["slt"][:30_000], recordings["slt"][:20_000]
     heard = {30_000: REFERENCE, 20_000: words(("the", 0.0, 0.2), ("old", 0.3, 0.4))}
+    aligned = heard | {20_000: [*heard[20_000], *words(("house", 0.5, 1.9))]}  # the whole text, whatever was said
     rows = [
         UtteranceSounds("a", "The old house", original, {"good": original, "poor": shorter}),
         UtteranceSounds("b", "The old house", original, {"good": original}),
         UtteranceSounds("zh", "你好", original, {"good": original}, language="zh"),
     ]
-    for aligns in (True, False):
-        found = Found(ScriptedRecogniser(heard, aligns), "script")
+    for times in (aligned, None):
+        found = Found(ScriptedRecogniser(heard, times), "script")
         result = evaluate_sounds(rows, RATE_HZ, MODEL_DIR, found)
         assert result.measures["original"] == {"word_error": 0}
         assert result.measures["good"]["word_error"] == 0
@@ -216,7 +217,7 @@ def test_a_system_without_a_sound_misses_all_words_and_is_compared_in_nothing(re
         assert poor["word_duration_error_ms"] == pytest.approx(100)
         assert poor["word_duration_error_relative"] == pytest.approx(0.2 / 0.5)
         assert result.notes[0] == "words written down by script: 2 of 3 utterances"
-        assert f"{'3' if aligns else '0'} of 3 sounds" in result.notes[1]
+        assert f"{'3' if times else '0'} of 3 sounds" in result.notes[1]
         json.dumps(result.to_dict())
 
 
