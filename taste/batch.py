@@ -1,5 +1,6 @@
 """One utterance as the model reads it, and several of them padded side by side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -53,13 +54,19 @@ class Batch:
         Returns:
             a batch whose tensors are on that device.
         """
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU reads by itself; a DataLoader asks for it by this name.
+
+        Returns:
+            a batch of page-locked tensors.
+        """
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        return Batch(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
 
     @property
     def target_count(self) -> int:

@@ -101,7 +101,7 @@ def sharpen(parameters: Sequence[nn.Parameter], attention: AttentionOf, outside:
         optimizer.zero_grad()
         for number, masked in enumerate(outside):
             logs = attention(number).clamp(min=LEAST_ATTENTION).log()
-            (-_mean_log(logs, masked).mean() / len(outside)).backward()
+            (-_mean_log(logs, masked).mean() / len(outside)).backward(inputs=parameters)
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None

@@ -45,7 +45,9 @@ def listen(
     if model.aggregator is not None and settings.negative_controls:
         results["controls"] = controls_of(
             test_set,
-            lambda dataset: evaluate(model, dataset, settings.batch_size, accelerator).averages(),
+            lambda dataset: evaluate(
+                model, dataset, settings.batch_size, accelerator, num_workers=settings.num_workers
+            ).averages(),
             settings.whisper_dir or str(Path(settings.cosyvoice_model_dir) / "whisper"),
             settings.mid_layer,
             noted_models(settings.test_utt2info_path) or noted_models(settings.train_utt2info_path),

@@ -9,8 +9,8 @@ Measures = Mapping[str, Mapping[str, float | None]]  # system -> measure -> valu
 NOT_MEASURED = "–"
 PAPER_MARK = "†"
 PAPER_NOTE = (
-    "The paper's own figures (TASTE, arXiv 2504.07053, tables 1 and 4): not measured here, on other data (LibriSpeech "
-    "test-clean), with models of full size and other judges. They show which way a measure goes, no more."
+    "The paper's own figures (TASTE, arXiv 2504.07053, tables 1 and 4): not measured here, on other data, with models "
+    "of full size and other judges (of durations, Whisper's time stamps). They show which way a measure goes, no more."
 )
 
 SYSTEMS = {  # in the table's order; others come after them

@@ -83,7 +83,7 @@ def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
         centres = rows @ times  # [T], seconds
         risen += int((centres.diff() > 0).sum())
         pairs += len(centres) - 1
-        widths += (rows @ times.square() - centres.square()).clamp(min=0).sqrt().tolist()
+        widths += (rows * (times - centres[:, None]).square()).sum(dim=1).sqrt().tolist()
         chance += [float(times.std(correction=0))] * len(rows)
     return {
         "rising": risen / max(1, pairs),

@@ -155,9 +155,9 @@ class CosyVoiceS3Model(nn.Module):
             sums and counts of each row.
         """
         reading = self.read(batch)
-        logits = self.predict_after(reading.prefix, batch.units, batch.unit_lengths)
+        logits = self.predict_after(reading.prefix, batch.units, batch.unit_lengths).float()
         targets = self.targets(batch)
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORE_ID, reduction="none")
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_ID, reduction="none")
         found = logits.topk(TOP, dim=-1).indices == targets[:, :, None]  # [B, S+1, TOP]; no class is IGNORE_ID
         return Scores(
             loss_sums=losses.sum(dim=1),

@@ -33,7 +33,7 @@ SILENCE_DB = 60.0  # below the loudest band of the recording: what is softer cou
 LEAST_SECONDS = 0.05  # of a sound to be compared
 LEAST_VOICED_FRAMES = 10  # that both sounds must have for a correlation to mean something
 LEAST_MELODY_OCTAVES = 0.1 / 12  # standard deviation of F0: a voice that moves less is a monotone to the ear
-DURATION_TOLERANCE_S = 0.05  # within which a word's duration is kept; the paper's
+DURATION_TOLERANCE_S = 0.05  # within which a word's duration is kept
 DB_PER_NEPER = 20 / math.log(10)  # of a natural logarithm of an amplitude
 
 SPEAKER_FILE = "campplus.onnx"

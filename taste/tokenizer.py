@@ -207,7 +207,8 @@ class TasteTokenizer:
             codes: [W, L] integers, a row for each word of the text.
             text: what is to be said.
             speaker: speaker vector [192]; None where the model reads none.
-            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling.
+            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling (a released TASTE's authors draw
+                from the 10 likeliest units: `Sampling("top_k", 10)`).
             seed: of the sampling and of the decoder's noise.
 
         Returns:

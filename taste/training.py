@@ -173,6 +173,7 @@ class Trainer:
         progress = self.progress
         if self.accelerator.is_main_process:
             self.record.keep_until(progress)
+        self.optimizer.zero_grad()  # whatever was done with the model before is no part of the first step
         if not progress.history:
             self._complete_epoch(0, {}, self._evaluate())
         while progress.epoch < self.config.num_epochs:

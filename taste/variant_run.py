@@ -318,6 +318,7 @@ def train(
                 file.unlink(missing_ok=True)
     if accelerator.is_main_process:
         settings.save(run_folder / "settings.json")
+    checkpoint = None  # gigabytes, of which model and optimizer have their own copies
     try:
         progress = trainer.fit()
     finally:
@@ -395,7 +396,8 @@ def evaluate_only(
             "best_epoch": progress["best_epoch"],
             "history": whole_history(checkpoint_path, progress["history"]),
         }
-    scores = evaluate(model.to(accelerator.device), test_set, settings.batch_size, accelerator)
+    model.to(accelerator.device)
+    scores = evaluate(model, test_set, settings.batch_size, accelerator, num_workers=settings.num_workers)
     return results | {"test": scores.averages()}
 
 

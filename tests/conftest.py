@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("tests", deadline=None, derandomize=True)  # a busy machine is no failure
+settings.load_profile("tests")
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -30,6 +35,19 @@ def golden_dir() -> Path:
 def golden_cases() -> dict[str, dict[str, Any]]:
     """Reference inputs and outputs by case name; treat them as read-only (clone before changing one)."""
     return torch.load(GOLDEN_DIR / "small_cases.pt", weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any use of another machine in this process is an error."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"the network was used: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr("socket.socket.connect", connect_here)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 from functools import partial
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd
@@ -45,7 +45,6 @@ def spoken(text, marks):
     return re.sub(f"[{re.escape(marks + CLOSING_QUOTES)}]", "", text)
 
 
-@settings(deadline=None, derandomize=True)
 @given(TEXT, st.sampled_from(["zh", "en"]), st.integers(1, 30), st.integers(0, 20), st.integers(0, 10))
 @example("", "zh", 5, 3, 2)
 @example('"', "en", 5, 3, 2)
@@ -58,7 +57,6 @@ def test_splitting_keeps_every_word_in_order(text, lang, longest, shortest, merg
     assert all(piece.rstrip(CLOSING_QUOTES)[-1] in marks for piece in pieces)
 
 
-@settings(deadline=None, derandomize=True)
 @given(TEXT.filter(lambda text: not set(text) & set(CLOSING_QUOTES)), st.integers(1, 30), st.integers(0, 20))
 def test_a_piece_is_over_the_maximum_only_where_it_had_not_reached_the_minimum(text, longest, shortest):
     for piece in split_paragraph(text, str.split, "zh", longest, shortest, merge_len=0):

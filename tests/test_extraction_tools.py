@@ -84,7 +84,18 @@ def kaldi_folder(tmp_path: Path) -> Path:
 
 
 def words_for(manifest: Path, output: Path) -> list[str | Path]:
-    return ["--manifest", manifest, "--output", output, "--onnx_path", TOKENIZER, "--batch_size", "4"]
+    return [
+        "--manifest",
+        manifest,
+        "--output",
+        output,
+        "--onnx_path",
+        TOKENIZER,
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +157,7 @@ def test_manifest_and_folder_give_the_same_units(kaldi_folder: Path, tmp_path: P
     manifest = write_manifest(tmp_path / "test.jsonl", demo_entries(4))
     output = tmp_path / "out" / "test_utt2s3.pt"
     assert run_tool("extract_speech_token", *words_for(manifest, output)) == 0
-    by_folder = ("--dir", kaldi_folder, "--onnx-path", TOKENIZER, "--backend", "onnxruntime")
+    by_folder = ("--dir", kaldi_folder, "--onnx-path", TOKENIZER, "--backend", "onnxruntime", "--device", "cpu")
     assert run_tool("extract_speech_token", *by_folder) == 0
     units = torch.load(output, weights_only=True)
     assert units == torch.load(kaldi_folder / "utt2speech_token.pt", weights_only=True)

@@ -212,8 +212,13 @@ def test_without_stages_each_variant_starts_from_the_model_folder(work):
 
 def test_a_frozen_comparison_still_trains_its_baseline(work):
     assert work.run(variant="all", num_epochs=1, freeze_llm=True) == 0
-    assert not any(name.startswith("llm.") and "carried" in name for name in work.weights("all/taste"))
     assert work.metrics("all/text_only")["history"][1]["train"]
+    folder = torch.load(work.folder / "model" / "llm.pt")
+    base = load_checkpoint(work.folder / "exp/all/text_only/checkpoints/best.pt").weights
+    assert any(not torch.equal(value, folder[name.removeprefix("llm.")]) for name, value in base.items())
+    for variant in ("simple", "taste_novq", "taste"):  # which carry the baseline's language model on
+        carried = {name: value for name, value in work.weights(f"all/{variant}").items() if name.startswith("llm.")}
+        assert carried and all(torch.equal(value, base[name]) for name, value in carried.items())
 
 
 def test_codebooks_never_start_from_the_test_set(work):
@@ -594,3 +599,26 @@ def test_two_processes_train_like_one_that_accumulates_twice_as_much(work):
             assert two[part] == pytest.approx(one[part], rel=1e-5)
     for one, two in zip(work.steps("one"), work.steps("two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)  # the norm of the gradient among others
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_quantizer_too(work):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(REPOSITORY / "model_code.py"), *work.words(variant="taste", batch_size=2, num_epochs=1)]
+    for _ in range(2):  # and go on from there
+        done = subprocess.run(
+            command, cwd=work.folder, capture_output=True, text=True, timeout=2 * KILL_TIMEOUT_SECONDS
+        )
+        assert done.returncode == 0, done.stderr
+        command[command.index("--num_epochs") + 1] = "2"
+    history = work.metrics("taste")["history"]
+    assert [entry["epoch"] for entry in history] == [0, 1, 2]
+    assert history[2]["train"]["loss"] < history[0]["test"]["loss"] + 1  # a number, and no other training
+    assert 0 < work.metrics("taste")["codes"]["usage"][0] <= 1
+
+
+def test_features_loaded_by_other_processes_train_the_same(work):
+    options = {"variant": "taste", "accumulation_steps": 2, "batch_size": 2, **SPEAKING, "decode_wavs": 0}
+    assert work.run(run_name="alone", **options) == 0
+    assert work.run(run_name="helped", num_workers=2, **options) == 0
+    assert_same_run(work, "alone", "helped")

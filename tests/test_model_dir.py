@@ -181,7 +181,7 @@ def test_reading_weights_and_sizes_imports_no_other_library():
 # ---- folders that are refused
 
 
-def test_a_mistyped_folder_is_an_error_that_names_the_command_and_starts_no_download(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_an_error_that_names_the_command_and_starts_no_download(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         ModelDir("iic/CosyVoice-300M").check()

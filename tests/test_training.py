@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -379,6 +380,14 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, damage):
 
 def test_the_commit_is_noted_where_there_is_one(tmp_path):
     assert code_commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "--quiet"], ["add", "code.py"], ["commit", "--quiet", "--no-gpg-sign", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert code_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2")
+    assert code_commit(tmp_path) == f"{commit}+changes"
 
 
 @pytest.mark.parametrize(

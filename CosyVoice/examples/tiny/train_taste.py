@@ -360,6 +360,7 @@ class JointTraining(LongTraining):
         self.optimizer = torch.optim.AdamW(
             parameter_groups(joint, settings), betas=_ADAM_BETAS, fused=features.device.type == "cuda"
         )
+        self.optimizer.zero_grad(set_to_none=True)  # of the lessons
         self.codebooks_started = bool(settings.parts)
         self.history: list[dict[str, Any]] = []
         self.record = StepRecord(settings.out / "metrics.jsonl")
