@@ -11,9 +11,11 @@ Left out, because no stage reads them (--all-files takes them too): of CosyVoice
 TensorRT copies of the flow and the pictures; of Whisper every weight but `model.safetensors`. Whisper's tokenizer comes
 along where the hub has it: with it, and no network, that Whisper writes down what decoded sound says (word error).
 
-Exit codes: 0 the folder is complete and every check passed; 1 it is not; 2 wrong usage; 130 stopped by Ctrl-C.
+Exit codes: 0 the folder is complete and every check passed; 1 it is not; 2 wrong usage; 130 stopped by Ctrl-C,
+143 by SIGTERM.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: SOURCE is {settings.source!r}; expected one of {', '.join(_SOURCES)}", file=sys.stderr)
         return 2
     print(f"setup_cosyvoice.py\n{settings.describe()}\n", flush=True)
+    before = signal.signal(signal.SIGTERM, _terminate)
     folder = Path(settings.model_dir).expanduser()
     parts = model_parts(settings)
     try:
@@ -85,12 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AnotherModelError, DiskSpaceError, SwapError, OutputBusyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("\nstopped; the same command goes on where this run was", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, _TerminatedError) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     failed = [check for check in checks if check.passed is False]
     print(f"\n{folder}: {len(failed)} of {len(checks)} checks failed" if failed else f"\n{folder} is complete")
     return 1 if failed else 0
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """Somebody sent SIGTERM."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _TerminatedError
 
 
 def model_parts(settings: Settings) -> list[ModelPart]:

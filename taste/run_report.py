@@ -57,6 +57,7 @@ def note_shown(
         spans = word_spans(info["word_id"]) if "word_id" in info else []
         noted[utt_id] = {
             "text": info.get("text", ""),
+            "language": info.get("language") or language_of(info.get("text", "")),
             "labels": [tokenizer.decode([token]) for token in tokens],
             "spans": spans,
             "words": [tokenizer.decode(tokens[first:end]).strip() for first, end in spans],
@@ -87,7 +88,7 @@ def measure_run(
     for utt_id, noted in _read_shown(run_folder).items():
         sounds = _read_sounds({system: Path(run_folder)}, utt_id, rate_hz)
         original = sounds.pop("original", None)
-        rows.append(UtteranceSounds(utt_id, noted["text"], original, sounds, language_of(noted["text"])))
+        rows.append(UtteranceSounds(utt_id, noted["text"], original, sounds, noted["language"]))
     return evaluate_sounds(rows, rate_hz, model_dir, found, device).to_dict()
 
 
@@ -161,7 +162,7 @@ def measures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def language_of(text: str) -> str:
-    """Guess the language of a transcript, as features do not say it.
+    """Guess the language of a transcript whose manifest does not say it.
 
     Args:
         text: the transcript.
@@ -189,7 +190,7 @@ def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found | 
         sounds = _read_sounds(runs, utt_id, rate_hz)
         noted, notes = _of_all_runs({system: own[utt_id] for system, own in shown.items()})
         times = None
-        if "original" in sounds and found.recogniser and found.recogniser.hears(language_of(noted["text"])):
+        if "original" in sounds and found.recogniser and found.recogniser.hears(noted["language"]):
             times = word_times(noted["words"], sounds["original"], rate_hz, found)
         utterances.append(
             ReportUtterance(

@@ -105,8 +105,11 @@ def add_batch(batch: Sequence[Prepared], models: Models, outputs: Outputs, dtype
             "duration_s": item.duration_seconds,
             "audio_path": str(utterance.audio_path),
         }
-        if utterance.speaker is not None:
-            info["speaker"] = utterance.speaker
+        info |= {
+            name: value
+            for name, value in (("speaker", utterance.speaker), ("language", utterance.language))
+            if value is not None
+        }
         values = (models.text_embedding[info["text_token"]], whisper, info)
         for writer, value in zip(outputs, values, strict=True):
             if utterance.utt_id not in writer.done_ids:

@@ -130,7 +130,15 @@ def test_features_without_words_are_shown_without_them(tmp_path):
 
     note_shown(tmp_path, Foreign(), Letters(), [torch.rand(4, 9)], [torch.zeros(2, 2)])
     noted = torch.load(tmp_path / "shown.pt", weights_only=True)[UTT_ID]
-    assert noted == {"text": "", "labels": [], "spans": [], "words": [], "attention": None, "codes": None}
+    assert noted == {
+        "text": "",
+        "language": "en",
+        "labels": [],
+        "spans": [],
+        "words": [],
+        "attention": None,
+        "codes": None,
+    }
 
 
 def test_measures_have_their_names_in_the_table():

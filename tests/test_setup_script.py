@@ -126,6 +126,25 @@ def test_a_run_that_was_killed_in_the_middle_of_a_file_goes_on_there(tmp_path):
     assert not (tmp_path / "CosyVoice-300M" / ".download").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(tmp_path, number, code):
+    with HubServer(published("Hugging Face", llm_bytes=25_000_000)) as server:
+        server.faults["llm.pt"] = Fault(stall_after_bytes=15_000_000)
+        with subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--no-whisper"],
+            env=environment(tmp_path, hugging_face=server.address),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert server.stalled.wait(60)
+            process.send_signal(number)
+            _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert told.rstrip().endswith("stopped; the same command goes on where this run was") and "Traceback" not in told
+
+
 def test_verify_only_uses_no_network_and_writes_nothing(tmp_path, no_network, capsys):
     place_all(tmp_path / "model")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
