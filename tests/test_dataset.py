@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from cosyvoice.dataset import processor
 from cosyvoice.dataset.dataset import Dataset
@@ -125,6 +126,11 @@ def test_processes_share_the_shards_and_together_read_each_once(data_list: Path)
     assert all(shares)
     everything = [names(epoch(data_list, 1, rank=rank, world_size=3, partition=False)) for rank in range(2)]
     assert everything[0] == everything[1] and len(everything[0]) == UTTERANCES
+
+
+def test_loading_processes_share_the_shards_too(data_list: Path) -> None:
+    loader = DataLoader(Dataset(data_list, pipeline()), batch_size=None, num_workers=2)
+    assert sorted(names(list(loader))) == [f"utt{number:02d}" for number in range(UTTERANCES)]
 
 
 def test_fewer_shards_than_processes_are_shared_with_a_warning(

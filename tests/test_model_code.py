@@ -184,6 +184,32 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
 
 
+def test_a_comparison_stopped_in_any_variant_equals_one_left_alone(work, monkeypatch):
+    options = {
+        "variant": "all",
+        "num_epochs": 1,
+        "negative_controls": False,
+        "generate_utterances": 2,
+        "decode_wavs": 0,
+    }
+    asked = []
+    with monkeypatch.context() as watching:
+        watching.setattr(model_code.StopRequest, "requested", property(lambda self: bool(asked.append(0))))
+        assert work.run(run_name="whole", **options) == 0
+    for share in (0.3, 0.6, 0.95):
+        times = iter([False] * round(share * len(asked)))
+        with monkeypatch.context() as stopping:
+            stopping.setattr(model_code.StopRequest, "requested", property(lambda self, times=times: next(times, True)))
+            stopping.setattr(model_code.StopRequest, "exit_code", 130)
+            work.run(run_name="parts", **options)
+    assert work.run(run_name="parts", **options) == 0
+    for variant in ("text_only", "simple", "taste_novq", "taste"):
+        one, other = work.weights(f"whole/{variant}"), work.weights(f"parts/{variant}")
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert work.metrics(f"whole/{variant}")["history"] == work.metrics(f"parts/{variant}")["history"]
+        assert work.metrics(f"whole/{variant}")["generation"] == work.metrics(f"parts/{variant}")["generation"]
+
+
 def test_a_comparison_holds_one_model_at_a_time(work, monkeypatch):
     models, alive = weakref.WeakSet(), []
 

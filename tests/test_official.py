@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_taste import CONFIG, write_small_taste
 
+import model_code
 from cosyvoice.utils.model_dir import get_tokenizer
+from taste.audio import write_wav
+from taste.code_files import read_codes
 from taste.generation import Sampling
 from taste.official import OfficialTaste, build_official, load_taste_checkpoint, tokenize
 from taste.official_names import rename, rename_stage1
@@ -110,6 +113,15 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_pa
     assert waveform.dim() == 1
     assert waveform.isfinite().all()
     assert len(waveform) > 0.3 * tokenizer.sample_rate_hz
+
+    write_wav(tmp_path / "one.wav", sound(32_000), 16_000)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"audio_path": str(tmp_path / "one.wav"), "text": text}))
+    words = ["--variant", "taste", "--device", "cpu", "--exp-dir", str(tmp_path / "exp"), "--most-units-per-token", "4"]
+    words += ["--taste-checkpoint", str(folder), "--encode-jsonl", str(tmp_path / "one.jsonl"), "--mode"]
+    assert model_code.main([*words, "encode"]) == 0
+    assert read_codes(tmp_path / "exp/taste/codes/one.json").codes.tolist() == spoken.codes.tolist()
+    assert model_code.main([*words, "decode"]) == 0
+    assert (tmp_path / "exp/taste/decoded/one.wav").stat().st_size > 10_000
 
 
 def test_every_weight_of_the_folder_arrives(released):
