@@ -12,7 +12,7 @@ the alignment of text and recording, the units).
     python model_code.py --num-epochs 0 --resume exp/simple/checkpoints/best.pt    # evaluate and generate only
     accelerate launch --num_processes 4 model_code.py          # four GPUs
 
-The same command goes on where it was stopped or killed (but with --resume never it begins anew). Exit codes: 0 done,
+The same command goes on where it was stopped or killed (with --resume auto, the default). Exit codes: 0 done,
 1 error, 2 unknown flag, 3 done but some recordings could not be encoded, 130 stopped by Ctrl-C, 143 by SIGTERM (both
 with everything saved).
 """
@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(settings, lambda: stop.requested)
         except RunStopped as stopped:
-            again = "The same command" if settings.resume == "auto" else "The same command with --resume auto"
+            anew = settings.mode == "train" and settings.num_epochs and settings.resume != "auto"
+            again = "The same command with --resume auto" if anew else "The same command"
             print(f"model_code.py: {stopped}. {again} goes on from there.", file=sys.stderr)
             return stop.exit_code if stop.requested else 128 + signal.SIGTERM  # another process was asked
         except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
@@ -136,9 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except torch.OutOfMemoryError as error:
             print(
-                f"model_code.py: error: the device is out of memory ({error}). Halve BATCH_SIZE and double "
-                "ACCUMULATION_STEPS: that is another training, so add --resume never, or another --run-name. Or let "
-                "the new parts alone learn: --freeze-llm true",
+                f"model_code.py: error: the device is out of memory ({error}). What was trained is saved; go on with "
+                "--measure-sounds false, a smaller --generate-batch-size, or --device cpu",
                 file=sys.stderr,
             )
             return 1

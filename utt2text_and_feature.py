@@ -32,6 +32,7 @@ from tqdm import tqdm
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
 from taste.audio import duration_seconds
+from taste.extraction import describe_full_device
 from taste.failures import Failure, list_failures
 from taste.feature_store import (
     DISK_RESERVE_BYTES,
@@ -207,7 +208,7 @@ def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
         ValueError: utterances have another recording as well: this is another corpus with the same ids.
         FeatureWriteError: the disk has no room for a copy of the text embeddings.
     """
-    if not outputs.done_ids():
+    if not outputs.info.done_ids:
         return
     known = open_features(outputs.info.output_path)
     changed = [item for item in utterances if item.utt_id in known and known[item.utt_id]["text"] != item.text]
@@ -222,7 +223,7 @@ def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
         )
     if changed:
         print(f"{len(changed)} transcripts have changed, {changed[0].utt_id} first: these utterances are done again")
-        for writer in (outputs.info, outputs.text):
+        for writer in (outputs.text, outputs.info):  # what tells that a transcript has changed goes last
             writer.forget(item.utt_id for item in changed)
 
 
@@ -314,10 +315,7 @@ def extract(
                 failed += add_batch(usable, models, outputs, dtype)
             except torch.OutOfMemoryError as error:
                 outputs.flush()
-                raise ValueError(
-                    f"the device is out of memory ({error}); all before is saved. Go on with a --batch-size below "
-                    f"{settings.batch_size}"
-                ) from error
+                raise ValueError(describe_full_device(error, settings.batch_size)) from error
             if any(writer.is_full for writer in outputs):
                 outputs.flush()
             for failure in failed:

@@ -80,10 +80,7 @@ def extract(
                     failed = _store_batch(results, work, writer)
                 except torch.OutOfMemoryError as error:
                     writer.flush()
-                    raise ValueError(
-                        f"the device is out of memory ({error}); all before is saved. Go on with a --batch-size below "
-                        f"{batch_size}"
-                    ) from error
+                    raise ValueError(describe_full_device(error, batch_size)) from error
                 for failure in failed:
                     bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
                 failures += failed
@@ -99,6 +96,19 @@ def extract(
         writer.finish("single")
         print(f"{output}: {len(writer.done_ids)} recordings ({seconds:.1f} s for those of this run)")
     return Outcome(SOME_FAILED_EXIT_CODE if failures else 0, failures)
+
+
+def describe_full_device(error: torch.OutOfMemoryError, batch_size: int) -> str:
+    """What to tell whoever runs an extraction on a device that is out of memory.
+
+    Args:
+        error: what torch said.
+        batch_size: recordings that were computed at once.
+
+    Returns:
+        the message.
+    """
+    return f"the device is out of memory ({error}); all before is saved. Go on with a --batch-size below {batch_size}"
 
 
 def _prepare(recording: Recording, work: Work) -> tuple[str, Any] | Failure:

@@ -181,6 +181,11 @@ class FeatureWriter:
         try:
             _save(self.output_path, self._layout(merged))
         except (OSError, RuntimeError) as error:
+            if without:
+                raise FeatureWriteError(
+                    f"cannot write {self.output_path} without {len(without)} of its utterances: {_cause(error)}; "
+                    "nothing has changed. Free some space."
+                ) from error
             raise FeatureWriteError(
                 f"cannot merge {self.chunk_folder} into {self.output_path}: {_cause(error)}; the chunks are untouched. "
                 "Free some space, or run again with --save-mode chunks (training reads either)."

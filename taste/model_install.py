@@ -182,10 +182,10 @@ class Installer:
     ) -> dict[str, ExpectedFile]:
         """Bring a part to what one hub lists; returns what it holds then, by path inside the model folder."""
         part_folder = folder / part.subfolder
-        ours = set(self._fetched)
+        ours: dict[Path, str | None] = dict.fromkeys(self._fetched)
         if record is not None and record.hub is not None:
-            ours |= {folder / path for path in record.files}
-        plan = _compare(part_folder, _select(listing, part, self.all_files), ours, self._fetched, listing)
+            ours |= {folder / path: file.sha256 for path, file in record.files.items() if folder / path not in ours}
+        plan = _compare(part_folder, _select(listing, part, self.all_files), ours, listing)
         staging = folder / STAGING_NAME / hub.name.replace(" ", "-") / part.name
         _check_space(part_folder, staging, plan.fetch)
         for note in plan.notes:
@@ -219,12 +219,13 @@ def _select(listing: Listing, part: ModelPart, all_files: bool) -> list[Expected
 
 
 def _compare(
-    part_folder: Path, wanted: Sequence[ExpectedFile], ours: set[Path], fetched: set[Path], listing: Listing
+    part_folder: Path, wanted: Sequence[ExpectedFile], ours: Mapping[Path, str | None], listing: Listing
 ) -> Plan:
     """Find what must be fetched; a whole weight file that differs is somebody's, and stops everything before it starts.
 
-    `ours` are files that came from a hub: if they differ now, they were damaged, or replaced, or belong to the other
-    hub. A whole one that this run has not `fetched` may be somebody's work, such as a model that was trained on.
+    `ours` are files that came from a hub, with the SHA-256 that was recorded, None for those of this run: if they
+    differ now, they were damaged, or replaced, or belong to the other hub. A whole one that is not as recorded may be
+    somebody's work, such as a model that was trained on.
     """
     plan = Plan([], {}, [], {})
     others = []
@@ -244,7 +245,7 @@ def _compare(
         elif broken is not None or path in ours:
             plan.notes.append(f"{file.path} is fetched again: got {broken or problem}")
             plan.fetch.append(file)
-            if broken is None and path not in fetched:
+            if broken is None and ours.get(path) not in (None, got.sha256):
                 aside = path.with_name(f"{path.name}.replaced-{got.sha256[:8]}")
                 plan.notes.append(f"what stands there is whole, and is kept as {aside.name}")
                 plan.keep[file.path] = aside

@@ -74,6 +74,20 @@ def check_made_with(path: str | os.PathLike[str], made_with: Mapping[str, object
         temporary.write_text(json.dumps(dict(made_with), indent=2) + "\n", encoding="utf-8")
 
 
+def changed_models(then: Mapping[str, object] | None, now: Mapping[str, object] | None) -> str:
+    """Say which models made features then and now, where both are known and differ.
+
+    Args:
+        then: a note of `noted_models`; None where there was none.
+        now: likewise.
+
+    Returns:
+        the differences in words; '' where there are none.
+    """
+    both = (then or {}).keys() & (now or {}).keys()
+    return "; ".join(f"{name} {then[name]} then, {now[name]} now" for name in sorted(both) if then[name] != now[name])
+
+
 def noted_models(info_path: str | os.PathLike[str]) -> dict[str, object] | None:
     """What stage 1 noted about the models that made its features.
 

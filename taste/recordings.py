@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taste.audio import AudioError, duration_seconds
+from taste.keys import normalise_key
 from taste.manifest import ManifestError, read_manifest
 
 BATCHES_SORTED_TOGETHER = 64  # by length: little padding, and yet the bar moves at an even pace
@@ -117,7 +118,15 @@ def plan_batches(recordings: Sequence[Recording], batch_size: int, num_threads: 
 def _read_kaldi_folder(folder: Path) -> list[Recording]:
     paths = read_table(folder / "wav.scp")
     speakers = read_table(folder / "utt2spk") if (folder / "utt2spk").exists() else {}
-    return [Recording(utt_id, Path(path), speakers.get(utt_id)) for utt_id, path in paths.items()]
+    recordings: dict[str, Recording] = {}
+    for utt_id, path in paths.items():
+        recording = Recording(normalise_key(utt_id), Path(path), speakers.get(utt_id))
+        earlier = recordings.setdefault(recording.utt_id, recording)
+        if earlier is not recording:
+            raise ManifestError(
+                f"{folder / 'wav.scp'}: {earlier.audio_path} and {path} are both utterance {recording.utt_id!r}"
+            )
+    return list(recordings.values())
 
 
 def _seconds_or_nothing(recording: Recording) -> float:

@@ -19,6 +19,7 @@ from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
 from taste.model import CosyVoiceS3Model
 from taste.progress import Progress, StepRecord
+from taste.provenance import changed_models
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
 
 ADAM_BETAS = (0.9, 0.98)
@@ -139,7 +140,6 @@ class Trainer:
         same = {
             "train_set": "the training utterances",
             "test_set": "the test utterances",
-            "features_made_with": "what made the features",
             "frozen_weights": "the frozen weights (of the model folder)",
             "processes": "the number of processes",
         }
@@ -148,8 +148,10 @@ class Trainer:
         changed = [
             f"{what} ({checkpoint.notes[name]} then, {now[name]} now)"
             for name, what in same.items()
-            if checkpoint.notes.get(name) is not None and checkpoint.notes[name] != now.get(name)
+            if checkpoint.notes.get(name) is not None and checkpoint.notes[name] != now[name]
         ]
+        if models := changed_models(checkpoint.notes.get("features_made_with"), now.get("features_made_with")):
+            changed.append(f"what made the features ({models})")
         if changed:
             raise ValueError(
                 f"the run cannot go on, because something has changed: {'; '.join(changed)}. "

@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 
     def flush(self) -> None:
         """Write what is in memory."""
-        for writer in self:
+        for writer in reversed(self):  # utterance info first: it tells what transcript the others are of
             writer.flush()
 
 

@@ -20,7 +20,7 @@ from taste.model import PARTS, CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.plots import plot_losses
 from taste.pretrained_parts import take_parts
-from taste.provenance import noted_models
+from taste.provenance import changed_models, noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
 from taste.run_report import write_run_report
 from taste.scoring import evaluate
@@ -101,7 +101,7 @@ def run_variant(
             )
         else:
             say(f"evaluating {checkpoint or settings.init_from or 'the model folder as it is'}")
-            results = evaluate_only(settings, model, test_set, accelerator, checkpoint)
+            results = evaluate_only(settings, model, (train_set, test_set), accelerator, checkpoint)
         results |= listen(settings, model, test_set, accelerator, say)
         if accelerator.is_main_process:
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
@@ -144,7 +144,7 @@ def open_data(
     train_paths, test_paths = _feature_paths(settings, "train"), _feature_paths(settings, "test")
     train_set = open_dataset(train_paths, model_sizes)
     say(train_set.selection.describe("training set"))
-    if any(features_exist(path) for path in (test_paths.units, test_paths.text)):
+    if has_test_set(settings):
         test_set = open_dataset(test_paths, model_sizes)
         say(test_set.selection.describe("test set"))
     else:
@@ -160,6 +160,19 @@ def open_data(
                 )
             warn_of_misfits(dataset, say)
     return train_set, test_set
+
+
+def has_test_set(settings: Settings) -> bool:
+    """Whether some test features are there; else a part of the training set is held out.
+
+    Args:
+        settings: where they would be.
+
+    Returns:
+        True where units or text embeddings are there.
+    """
+    paths = _feature_paths(settings, "test")
+    return features_exist(paths.units) or features_exist(paths.text)
 
 
 def warn_of_misfits(dataset: UtteranceDataset, say: Callable[[str], None]) -> None:
@@ -274,7 +287,7 @@ def train(
     Raises:
         RunStopped: it was asked to stop; it has saved.
         NonFiniteLossError: a loss is no number.
-        ValueError: the checkpoint does not fit the settings.
+        ValueError: the checkpoint does not fit the settings, or the device has too little memory.
     """
     names = [field.name for field in fields(TrainingConfig)]
     config = TrainingConfig(**{name: getattr(settings, name) for name in names})
@@ -321,6 +334,12 @@ def train(
     checkpoint = None  # gigabytes, of which model and optimizer have their own copies
     try:
         progress = trainer.fit()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the device is out of memory ({error}). Halve BATCH_SIZE and double ACCUMULATION_STEPS: that is another "
+            "training, so add another --run-name, or --resume never to begin anew. Or let the new parts alone learn: "
+            "--freeze-llm true"
+        ) from error
     finally:
         accelerator.free_memory()  # it would keep the model and the optimizer for as long as the process lives
         if board:
@@ -367,16 +386,16 @@ def take_best(checkpoint: Checkpoint, checkpoint_path: Path, best_path: Path, ac
 def evaluate_only(
     settings: Settings,
     model: CosyVoiceS3Model,
-    test_set: UtteranceDataset,
+    sets: tuple[UtteranceDataset, UtteranceDataset],
     accelerator: "Accelerator",
     checkpoint_path: Path | None,
 ) -> dict[str, Any]:
     """Score a model without training it.
 
     Args:
-        settings: the batch size.
+        settings: the batch size, and where features are.
         model: it gets the checkpoint's weights.
-        test_set: utterances to score.
+        sets: utterances to learn from, which are not looked at, and utterances to score.
         accelerator: device and processes.
         checkpoint_path: weights; None scores the model as it is.
 
@@ -384,21 +403,45 @@ def evaluate_only(
         results for metrics.json.
 
     Raises:
-        ValueError: the checkpoint does not fit the model, or was trained on another model folder.
+        ValueError: the checkpoint does not fit the model, or was trained on another model folder, on features made
+            with other models, or on what would be scored.
     """
     results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.init_from or settings.cosyvoice_model_dir)}
     if checkpoint_path:
         checkpoint = load_checkpoint(checkpoint_path)
         model.load_learned_state(checkpoint.weights)
         check_same_folder(model, checkpoint, checkpoint_path)
+        check_fair(settings, checkpoint, sets[0])
         progress = checkpoint.notes["progress"]
         results |= {
             "best_epoch": progress["best_epoch"],
             "history": whole_history(checkpoint_path, progress["history"]),
         }
     model.to(accelerator.device)
-    scores = evaluate(model, test_set, settings.batch_size, accelerator, num_workers=settings.num_workers)
+    scores = evaluate(model, sets[1], settings.batch_size, accelerator, num_workers=settings.num_workers)
     return results | {"test": scores.averages()}
+
+
+def check_fair(settings: Settings, checkpoint: Checkpoint, train_set: UtteranceDataset) -> None:
+    """Refuse to score a checkpoint on features of other models, or on utterances that it has learned from.
+
+    Args:
+        settings: where the features are.
+        checkpoint: whose weights are scored.
+        train_set: what is left where no test set is there and a part was held out.
+
+    Raises:
+        ValueError: the scores would mean nothing.
+    """
+    held_out = not has_test_set(settings)
+    made_with = noted_models(settings.train_utt2info_path if held_out else settings.test_utt2info_path)
+    if changed := changed_models(checkpoint.notes.get("features_made_with"), made_with):
+        raise ValueError(f"the checkpoint learned from features that were made otherwise: {changed}")
+    if held_out and checkpoint.notes["train_set"] != train_set.fingerprint():
+        raise ValueError(
+            "there are no test features, and the checkpoint has learned from other utterances than those that are left "
+            "when a part is held out: what is held out may be among them; make the TEST_ features"
+        )
 
 
 def whole_history(checkpoint_path: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def golden_cases() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any use of another machine in this process is an error."""
+    """A connection from this process to another machine is an error."""
     connect = socket.socket.connect
 
     def connect_here(self: socket.socket, address: Any) -> None:

@@ -254,6 +254,11 @@ def test_a_training_does_not_go_on_from_another_start(tmp_path: Path, capsys) ->
     start.write_bytes((tmp_path / "first" / "epoch_0.pt").read_bytes())
     assert run(tmp_path / "second", "llm", *flags, "4") == 1
     assert "began with other weights" in capsys.readouterr().err
+    start.unlink()
+    assert run(tmp_path / "second", "llm", *flags, "4") == 0
+    start.write_bytes((tmp_path / "first" / "init.pt").read_bytes())
+    assert run(tmp_path / "first", "llm", *flags, "2") == 1
+    assert "or at random" in capsys.readouterr().err
 
 
 def test_a_vocoder_alone_starts_a_gan(tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def test_shards_have_the_published_files_and_columns(folder: Path) -> None:
         assert index[key] == shards[0] and len(index) == 2
 
 
+def test_tables_may_have_tabs_and_texts_any_separator_and_ids_any_form(folder: Path) -> None:
+    for name in ("wav.scp", "utt2spk", "text"):
+        path = folder / name
+        path.write_text(path.read_text().replace("utt01 ", "utt01.wav\t").replace("number 1", "number\u20281"))
+    shards = [pq.read_table(shard).to_pylist() for shard in lines(make_shards(folder, 5))]
+    assert [(row["utt"], row["text"]) for row in shards[0]][1] == ("utt01.wav", "sound number\u20281")
+    assert shards[0][1]["speech_token"] == torch.load(folder / "utt2speech_token.pt")["utt01"]
+
+
 def test_a_rerun_writes_only_what_is_broken_missing_or_changed(folder: Path) -> None:
     shards = [Path(shard) for shard in lines(make_shards(folder, 1))]
     before = [shard.read_bytes() for shard in shards]

@@ -196,12 +196,12 @@ def test_a_comparison_stopped_in_any_variant_equals_one_left_alone(work, monkeyp
     with monkeypatch.context() as watching:
         watching.setattr(model_code.StopRequest, "requested", property(lambda self: bool(asked.append(0))))
         assert work.run(run_name="whole", **options) == 0
-    for share in (0.3, 0.6, 0.95):
+    for share in (0.3, 0.3, 0.3):  # in one variant after another
         times = iter([False] * round(share * len(asked)))
         with monkeypatch.context() as stopping:
             stopping.setattr(model_code.StopRequest, "requested", property(lambda self, times=times: next(times, True)))
             stopping.setattr(model_code.StopRequest, "exit_code", 130)
-            work.run(run_name="parts", **options)
+            assert work.run(run_name="parts", **options) == 130
     assert work.run(run_name="parts", **options) == 0
     for variant in ("text_only", "simple", "taste_novq", "taste"):
         one, other = work.weights(f"whole/{variant}"), work.weights(f"parts/{variant}")
@@ -338,10 +338,26 @@ def test_another_test_set_or_other_features_are_refused(work, capsys):
     note.write_text(json.dumps({"whisper": "one", "mid_layer": 16}))
     assert work.run() == 1
     assert "what made the features" in capsys.readouterr().err
+    assert work.run(variant="text_only", run_name="deaf", num_epochs=1) == 0
+    other = work.test.info.with_suffix(".made_with.json")
+    other.write_text(json.dumps({"whisper": "two", "mid_layer": 6}))
+    assert work.run(num_epochs=0) == 1
+    assert "learned from features that were made otherwise: whisper one then, two now" in capsys.readouterr().err
+    other.unlink()
     note.unlink()
     write_features(work.folder, "test", random_examples(LENGTHS[:4], seed=1))
     assert work.run() == 1
     assert "the test utterances" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_learned_from_is_not_held_out_to_evaluate_it(work, capsys):
+    for path in (work.test.units, work.test.text, work.test.speech, work.test.info):
+        path.unlink()
+    assert work.run(num_epochs=1) == 0
+    assert work.run(num_epochs=0) == 0
+    write_features(work.folder, "train", random_examples([*LENGTHS, (3, 9)] * 2))
+    assert work.run(num_epochs=0) == 1
+    assert "what is held out may be among them" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_not_evaluated_on_another_model_folder(work, capsys):

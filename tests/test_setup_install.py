@@ -407,6 +407,13 @@ def test_a_whole_file_that_takes_a_verified_one_s_place_is_kept_beside_the_hub_s
     assert aside.read_bytes() == mine
     assert any(f"is whole, and is kept as {aside.name}" in line for line in world.said)
 
+    world.hugging_face.repositories = published("Hugging Face", seed=2)  # a new revision: nobody's work is replaced
+    world.modelscope.repositories = published("ModelScope", seed=2)
+    damage(world.folder / "campplus.onnx")
+    world.installer().install()
+    kept = sorted(path.name.partition(".replaced-")[0] for path in world.folder.glob("*.replaced-*"))
+    assert kept == ["campplus.onnx", "llm.pt"]  # the damaged one might be anything; the others are as recorded
+
 
 @pytest.mark.parametrize("verified_before", [True, False])
 def test_a_configuration_that_its_owner_edited_is_kept(world, verified_before):

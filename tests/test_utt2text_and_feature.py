@@ -293,7 +293,7 @@ def test_a_grown_manifest_computes_only_its_new_lines(
 
 
 def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
-    tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:4]]
     rows = [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
@@ -310,6 +310,23 @@ def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
     assert not torch.equal(after["text_emb"].pop("u2"), before["text_emb"].pop("u2"))
     before["utt2info"].pop("u2")
     _assert_equal(after, before)
+
+    rows[0]["text"] = "and this again"
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    forget = FeatureWriter.forget
+    with monkeypatch.context() as dying:  # between the two files
+
+        def forget_text_only(self, utt_ids):
+            if "utt2info" in self.output_path.name:
+                raise OSError("killed here")
+            forget(self, utt_ids)
+
+        dying.setattr(FeatureWriter, "forget", forget_text_only)
+        assert _run(manifest, model_dir, output) == 1
+    assert _run(manifest, model_dir, output) == 0
+    again, table = _features(output), text_embedding_table(model_dir)
+    assert again["utt2info"]["u0"]["text"] == "and this again"
+    assert torch.equal(again["text_emb"]["u0"], table[again["utt2info"]["u0"]["text_token"]])
 
     rows[1] |= {"text": "this is another corpus", "audio_path": rows[3]["audio_path"]}
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

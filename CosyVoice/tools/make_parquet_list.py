@@ -29,6 +29,7 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
 
 from taste.atomic import atomic_path, remove_leftovers  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
+from taste.keys import normalise_key  # noqa: E402
 from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
 
@@ -146,6 +147,9 @@ def read_rows(source: Path, skip_incomplete: bool) -> list[dict[str, Any]]:
         "utt_embedding": read_vectors(source / "utt2embedding.pt", "stage 1 (tools/extract_embedding.py)"),
         "speech_token": read_vectors(source / "utt2speech_token.pt", "stage 2 (tools/extract_speech_token.py)"),
     }
+    for name in ("utt_embedding", "speech_token"):  # whose keys the extraction tools normalise
+        vectors = columns[name]
+        columns[name] = {utt: vectors.get(utt, vectors.get(normalise_key(utt))) for utt in recordings}
     by_speaker = read_vectors(source / "spk2embedding.pt", "stage 1 (tools/extract_embedding.py)")
     columns["spk_embedding"] = {utt: by_speaker[spk] for utt, spk in speakers.items() if spk in by_speaker}
     if (source / "instruct").is_file():

@@ -229,12 +229,13 @@ def check_start(checkpoint: str | None, notes: Mapping[str, Any] | None, last: P
     Raises:
         ValueError: they are others now.
     """
-    then = notes.get("start") if notes else None
-    now = file_digest(checkpoint) if checkpoint else then
-    if then is not None and now != then:
+    if notes is not None and (checkpoint is None or not Path(checkpoint).is_file()):
+        return notes.get("start")
+    now = file_digest(checkpoint) if checkpoint else None
+    if notes is not None and notes.get("start", now) != now:
         raise ValueError(
-            f"{last} began with other weights than --checkpoint {checkpoint} holds now; begin anew in another "
-            "--model_dir, or leave --checkpoint out to go on"
+            f"{last} began with other weights than --checkpoint {checkpoint} holds now, or at random; begin anew in "
+            "another --model_dir, or leave --checkpoint out to go on"
         )
     return now
 

@@ -26,6 +26,7 @@ from cosyvoice.utils.checkpoint import (
     some,
 )
 from cosyvoice.utils.config import random_states_kept
+from cosyvoice.utils.muon import group_settings
 from cosyvoice.utils.scheduler import StepSchedule, WarmupCosine
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog, shown_time
 from taste.atomic import atomic_path
@@ -61,7 +62,7 @@ class TrainConfig:
     max_steps: int | None = None  # of the whole training
     max_minutes: float | None = None  # of this run
     total_minutes: float | None = None  # of the whole training
-    save_minutes: float = 10.0  # between two states written within an epoch; 0: none
+    save_minutes: float = 10.0  # between two states; 0: only at the end of an epoch that is checked
     check_every: int = 1  # epochs between two cross-validations, each of which writes weights
     adversarial_from: int = 0  # step of a GAN's first adversarial loss; until then its generator learns alone
     dtype: str = "fp32"
@@ -211,9 +212,7 @@ class Executor:
             )
         self.model.load_state_dict(state["model"])
         for turn, optimizer, scaler in zip(self.turns, state["optimizers"], state["scalers"], strict=True):
-            configured = [
-                {key: value for key, value in group.items() if key != "params"} for group in turn.optimizer.param_groups
-            ]
+            configured = group_settings(turn.optimizer)
             try:
                 turn.optimizer.load_state_dict(optimizer)
             except (ValueError, KeyError) as error:

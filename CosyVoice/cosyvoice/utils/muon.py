@@ -82,9 +82,8 @@ class MuonWithAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' states, and the groups' settings."""
         inner = {"muon": self._muon, "adamw": self._adamw}
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {
-            "param_groups": settings,
+            "param_groups": group_settings(self),
             **{name: None if optimizer is None else optimizer.state_dict() for name, optimizer in inner.items()},
         }
 
@@ -104,14 +103,24 @@ class MuonWithAdamW(Optimizer):
                     f"the state has {'no' if state is None else 'a'} part for {name}, expected the reverse"
                 )
             if optimizer is not None:
-                configured = [
-                    {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-                ]
+                configured = group_settings(optimizer)
                 optimizer.load_state_dict(state)
                 for group, settings in zip(optimizer.param_groups, configured, strict=True):
                     group.update(settings)  # momentum and betas are those of now, as lr is
         for group, settings in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(settings)
+
+
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer does with each group of weights, without the weights.
+
+    Args:
+        optimizer: it.
+
+    Returns:
+        learning rate and the like of each group.
+    """
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def muon_groups(module: nn.Module, adamw: Sequence[str] = ()) -> list[dict[str, Any]]:

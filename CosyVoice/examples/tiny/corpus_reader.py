@@ -61,7 +61,7 @@ def read_split(corpus: Path, split: str) -> list[Spoken]:
         path = corpus / split / name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; make the corpus with stage 0 of run.sh")
-        tables[name] = dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
+        tables[name] = dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").split("\n") if line)
     utterances, problems = [], []
     for utt_id, audio_path in tables["wav.scp"].items():
         missing = [name for name, table in tables.items() if utt_id not in table]

@@ -63,6 +63,7 @@ TIME_MASKS = 2
 HIDDEN_UNITS = 10  # longest stretch of codes hidden from the recogniser that learns alone ...
 HIDDEN_SHARE = 0.15  # ... and their share of an utterance
 READER_LR = 2e-3
+READER_SETTINGS_THAT_MUST_MATCH = ("recogniser_layers", "reader_epochs", "reader_frames_per_batch", "seed")
 SETTINGS_THAT_MUST_MATCH = ("width", "layers", "recogniser_layers", "codes", "epochs", "open_epochs", "lr", "seed")
 
 
@@ -323,8 +324,12 @@ class Run:
         return {
             "tokenizer": digest([*self.model.encoder.state_dict().values(), self.model.codebook]),
             "corpus": plan_of(args.work_dir / "corpus"),
-            **{name: getattr(args, name) for name in ("reader_epochs", "reader_frames_per_batch", "seed")},
+            **{name: getattr(args, name) for name in READER_SETTINGS_THAT_MUST_MATCH},
         }
+
+    def has_reader(self) -> bool:
+        """Whether this tokenizer's recogniser has learned alone already."""
+        return bool(self._reader_state(self.reader_path))
 
     def take_reader(self) -> bool:
         """Take the recogniser that learned from this tokenizer's codes; gives False where there is none."""
@@ -461,7 +466,7 @@ def train(args: argparse.Namespace) -> int:
     else:
         run.resume()
     train_set = []
-    if run.epoch < args.epochs or (args.reader_epochs and not run.take_reader()):
+    if run.epoch < args.epochs or (args.reader_epochs and not run.has_reader()):
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
     with StopRequest() as stop:
@@ -482,7 +487,7 @@ def train(args: argparse.Namespace) -> int:
                 print("stopped; the same command goes on from here")
                 return stop.exit_code
         path = args.finished or run.export()
-        print(f"{path} is written; the recogniser learns on from its codes", flush=True)
+        print(f"{path} is finished; the recogniser learns on from its codes", flush=True)
         before = run.evaluate(dev_set, quantize=True)
         if args.reader_epochs and not run.take_reader():
             if (corpus / "lively").is_dir():
