@@ -10,6 +10,16 @@ from tests.small_whisper import WIDTH, write_small_whisper
 LENGTHS = [(3, 20), (5, 12), (2, 31), (4, 8)]
 
 
+def whisper_and_features(tmp_path):
+    """A Whisper's folder, and utterances with features as wide as its."""
+    examples = [
+        example._replace(speech_final=torch.ones(units, WIDTH), speech_mid=torch.ones(units, WIDTH))
+        for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
+    ]
+    dataset = open_dataset(write_features(tmp_path, "test", examples), SIZES)
+    return write_small_whisper(tmp_path / "whisper"), dataset
+
+
 def test_each_text_hears_the_recording_of_another_one(tmp_path):
     dataset = small_dataset(tmp_path, "test", LENGTHS)
     wrong = OtherRecording(dataset)
@@ -32,12 +42,7 @@ def test_a_silent_recording_is_as_long_as_the_right_one(tmp_path):
 
 
 def test_silence_is_what_whisper_hears_of_it(tmp_path):
-    folder = write_small_whisper(tmp_path / "whisper")
-    examples = [
-        example._replace(speech_final=torch.ones(units, WIDTH), speech_mid=torch.ones(units, WIDTH))
-        for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
-    ]
-    dataset = open_dataset(write_features(tmp_path, "test", examples), SIZES)
+    folder, dataset = whisper_and_features(tmp_path)
     heard = {}
     controls_of(dataset, lambda data: heard.update({type(data): data}) or {}, str(folder), 2)
     expected = WhisperEncoder(folder, 2).encode([torch.zeros(8 * 320)])[0]
@@ -53,12 +58,7 @@ def test_a_whisper_of_another_width_is_refused(tmp_path):
 
 
 def test_silence_is_not_heard_by_another_layer_than_the_recordings(tmp_path):
-    folder = write_small_whisper(tmp_path / "whisper")
-    examples = [
-        example._replace(speech_final=torch.ones(units, WIDTH), speech_mid=torch.ones(units, WIDTH))
-        for example, (_, units) in zip(random_examples(LENGTHS), LENGTHS, strict=True)
-    ]
-    dataset = open_dataset(write_features(tmp_path, "test", examples), SIZES)
+    folder, dataset = whisper_and_features(tmp_path)
     made_with = {"whisper": WhisperEncoder(folder, 2).digest, "mid_layer": 1}
     results = controls_of(dataset, lambda data: {}, str(folder), 2, made_with)
     assert results["shuffled"] == {} and "mid_layer: 1 then, 2 now" in results["silenced"]
