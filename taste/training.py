@@ -17,7 +17,7 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
-from taste.model import CosyVoiceS3Model
+from taste.model import CosyVoiceS3Model, Scores
 from taste.progress import Progress, StepRecord
 from taste.provenance import changed_models
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
@@ -239,6 +239,7 @@ class Trainer:
             the sums over this process's batches, and the utterances whose loss is no number.
         """
         accelerator, totals, spoiled = self.accelerator, Totals(), []
+        done: list[tuple[Batch, Scores]] = []  # read when all are done: a GPU is waited for once a step
         counts = [sum(batch.target_count for batch in batches), sum(batch.word_count for batch in batches)]
         all_targets, all_words = sum_over_processes(accelerator, counts)
         for number, batch in enumerate(batches):
@@ -250,6 +251,8 @@ class Trainer:
                 loss = scores.loss_sums.sum() / all_targets + scores.commitment_sums.sum() / max(1, all_words)
                 # the exchange averages over processes, the loss is a sum over them: undo the division
                 accelerator.backward(loss * accelerator.num_processes)
+            done.append((batch, Scores(*(values.detach() for values in scores))))
+        for batch, scores in done:
             totals += Totals.of(scores)
             losses = zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
             spoiled += [utt_id for utt_id, loss in losses if not math.isfinite(loss)]
