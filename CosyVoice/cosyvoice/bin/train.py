@@ -229,9 +229,9 @@ def check_start(checkpoint: str | None, notes: Mapping[str, Any] | None, last: P
     Raises:
         ValueError: they are others now.
     """
-    if notes is not None and (checkpoint is None or not Path(checkpoint).is_file()):
-        return notes.get("start")
-    now = file_digest(checkpoint) if checkpoint else None
+    if checkpoint is None or not Path(checkpoint).is_file():  # whoever reads it first says that it is not there
+        return notes.get("start") if notes else None
+    now = file_digest(checkpoint)
     if notes is not None and notes.get("start", now) != now:
         raise ValueError(
             f"{last} began with other weights than --checkpoint {checkpoint} holds now, or at random; begin anew in "
