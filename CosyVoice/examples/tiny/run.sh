@@ -12,7 +12,7 @@
 #     8 assembly           ->  <WORK_DIR>/CosyVoice-tiny/, checked part by part
 #     9 evaluation         ->  <WORK_DIR>/evaluation/, and the results in the model's README.md
 #
-#     bash run.sh                                                       # about two and a half hours on two CPU cores
+#     bash run.sh                                                       # about three hours on two CPU cores
 #     bash run.sh --device cuda --minutes-hifigan 60                    # where there is a GPU
 #     bash run.sh --stage 8 --stop-stage 8 --output CosyVoice-tiny      # put the result into the repository
 #
