@@ -16,7 +16,7 @@ from taste.atomic import atomic_path
 # N samples
 SILENCE_PEAK = 1e-4  # -80 dB below full scale: three steps of 16-bit sound
 UNKNOWN_FRAMES = 2**62  # as many, or more, where a header does not say how many there are (a FLAC from a pipe)
-MOST_PHASES = 2_000  # of a resampling filter: ratios of rates that need more are rounded, by 2e-4 at most
+MOST_PHASES = 2_000  # of a resampling filter: ratios of rates that need more are rounded, by 3e-4 at most
 WAV_PROMISE = re.compile(r"^data\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)  # bytes, as libsndfile notes them
 HEADER_BYTES = 64  # which some recorders count as sound
 STREAMED_BYTES = 0x7FFFF000  # a WAV from a pipe promises as many, or more, or none: it did not know

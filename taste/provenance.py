@@ -85,7 +85,7 @@ def changed_models(then: Mapping[str, object] | None, now: Mapping[str, object] 
         the differences in words; '' where there are none.
     """
     both = (then or {}).keys() & (now or {}).keys()
-    return "; ".join(f"{name} {then[name]} then, {now[name]} now" for name in sorted(both) if then[name] != now[name])
+    return "; ".join(f"{name}: {then[name]} then, {now[name]} now" for name in sorted(both) if then[name] != now[name])
 
 
 def noted_models(info_path: str | os.PathLike[str]) -> dict[str, object] | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taste.provenance import DIGEST_DIGITS, digest
+from taste.provenance import DIGEST_DIGITS, changed_models, digest
 from taste.transformers_folder import read_model_config, weight_files
 
 if TYPE_CHECKING:
@@ -136,15 +136,9 @@ def check_same_whisper(made_with: Mapping[str, Any] | None, whisper: WhisperEnco
     Raises:
         ValueError: its weights or its middle layer differ.
     """
-    now = {"whisper": whisper.digest, "mid_layer": whisper.mid_layer}
-    changed = [
-        f"{name}: {made_with[name]} then, {value} now"
-        for name, value in now.items()
-        if made_with and name in made_with and made_with[name] != value
-    ]
-    if changed:
+    if changed := changed_models(made_with, {"whisper": whisper.digest, "mid_layer": whisper.mid_layer}):
         raise ValueError(
-            f"the model was trained on features of another Whisper ({'; '.join(changed)}); "
+            f"the model was trained on features of another Whisper ({changed}); "
             "set WHISPER_DIR and MID_LAYER to those of the training features"
         )
 

@@ -342,7 +342,7 @@ def test_another_test_set_or_other_features_are_refused(work, capsys):
     other = work.test.info.with_suffix(".made_with.json")
     other.write_text(json.dumps({"whisper": "two", "mid_layer": 6}))
     assert work.run(num_epochs=0) == 1
-    assert "learned from features that were made otherwise: whisper one then, two now" in capsys.readouterr().err
+    assert "learned from features that were made otherwise: whisper: one then, two now" in capsys.readouterr().err
     other.unlink()
     note.unlink()
     write_features(work.folder, "test", random_examples(LENGTHS[:4], seed=1))
