@@ -23,13 +23,16 @@ def describe_codes(codes: Sequence[Tensor], seconds: float, codebook_size: int) 
     Returns:
         words; words_per_second; bits_per_word (as stored: every code takes log2 of the codebook's size);
         bits_per_second; entropy_bits_per_second (what an ideal compressor of single codes would need); and for each
-        level, first to last: used (different codes), usage (share of the codebook), perplexity (codes used equally
-        often that would be as hard to guess).
+        level, first to last: used (different codes), usage (their share of the codes that so many words could use, of
+        the whole codebook where the words are as many), perplexity (codes used equally often that would be as hard to
+        guess). Entropy and perplexity are plug-in estimates, computed as if the shares that were counted were the true
+        ones: they come out too low where words are few for the codebook, and compare only between sets of equally many.
     """
     words = torch.cat(list(codes))
     counts = [level.bincount(minlength=codebook_size).double() for level in words.T]
     entropies = [_entropy_bits(level) for level in counts]
     used = [int((level > 0).sum()) for level in counts]
+    could = min(codebook_size, len(words))
     words_per_second = len(words) / seconds
     bits_per_word = words.shape[1] * math.log2(codebook_size)
     return {
@@ -39,7 +42,7 @@ def describe_codes(codes: Sequence[Tensor], seconds: float, codebook_size: int) 
         "bits_per_second": bits_per_word * words_per_second,
         "entropy_bits_per_second": sum(entropies) * words_per_second,
         "used": used,
-        "usage": [count / codebook_size for count in used],
+        "usage": [count / could for count in used],
         "perplexity": [2**entropy for entropy in entropies],
     }
 

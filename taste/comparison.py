@@ -69,7 +69,8 @@ def write_comparison(folder: Path, results: Mapping[str, dict[str, Any]], settin
         results: of each variant, what its metrics.json holds.
         settings: of the runs, as JSON knows values.
     """
-    measures = {variant: measures_of(found) for variant, found in results.items()}
+    epochs = {variant: {"epochs_trained": count} for variant, count in epochs_trained(results).items()}
+    measures = {variant: measures_of(found) | epochs[variant] for variant, found in results.items()}
     write_json(folder / "comparison.json", {"measures": measures, "paper": PAPER, "settings": settings})
     plot_comparison(
         folder / "comparison.png",
@@ -77,6 +78,28 @@ def write_comparison(folder: Path, results: Mapping[str, dict[str, Any]], settin
         [(variant, own["top5"], own.get("top5_shuffled")) for variant, own in measures.items()],
     )
     runs = {variant: folder / variant for variant in results}
-    write_run_report(folder, runs, settings["cosyvoice_model_dir"], f"{folder.name}: all variants")
+    title = f"{folder.name}: all variants"
+    write_run_report(folder, runs, settings["cosyvoice_model_dir"], title, more_measures=epochs)
     table = (folder / TABLE_FILE).read_text(encoding="utf-8")
     print(f"\n{table}\nalso in {folder}: {TABLE_FILE}, comparison.json, comparison.png, report.html")
+
+
+def epochs_trained(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
+    """Count the epochs that each variant was trained, those of the runs whose weights it began with included.
+
+    Args:
+        results: of each variant, what its metrics.json holds.
+
+    Returns:
+        the epochs of each, all that were trained and not only those up to the best; None where a run began with the
+        weights of one that is not among these.
+    """
+
+    def count(variant: str) -> int | None:
+        if variant not in results:
+            return None
+        history, start = results[variant].get("history"), results[variant].get("started_from")
+        before = count(start["variant"]) if start else 0
+        return None if before is None else before + (history[-1]["epoch"] if history else 0)
+
+    return {variant: count(variant) for variant in results}

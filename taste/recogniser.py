@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,7 @@ LETTER_PHONES = dict(  # how pocketsphinx's phones say a letter, roughly, in a w
         strict=True,
     )
 )
+COMMA_OF_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 SILENCE_MARKS = ("<", "[", "+")  # how pocketsphinx's names of pauses and noises begin
 
 
@@ -135,16 +138,44 @@ def normalise(text: str) -> str:
         words of small letters, digits and apostrophes, in one spelling, with a blank between two; where a language
         writes no blanks, each character is a word.
     """
-    text = re.sub(r"\(\d+\)", "", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))  # (2): pronunciations
+    text = re.sub(r"\(\d+\)", "", _plain(text))  # (2): pronunciations
     characters = []
     for character in text:
-        if unicodedata.name(character, "").startswith(SPELLED_BY_CHARACTER):
+        if _is_spelled(character):
             characters.append(f" {character} ")
         else:
-            keep = character == "'" or unicodedata.category(character)[0] in "LMN"  # letters, their marks, digits
-            characters.append(character if keep else " ")
+            characters.append(character if _is_heard(character) else " ")
     words = (word.strip("'") for word in "".join(characters).split())
     return " ".join(SPELLINGS.get(word, word) for word in words if word)
+
+
+def timed_words(pieces: Sequence[Mapping[str, Any]]) -> list[Word]:
+    """Make words of the timed pieces that transformers divides what Whisper wrote into.
+
+    Where a language writes no blanks, a piece is a character, or a token of a few, and so is each part of a foreign
+    word among them: the parts of a word are put together again.
+
+    Args:
+        pieces: in order, each with `text`, blanks included, and `timestamp`, (start, end) in seconds or None.
+
+    Returns:
+        the words as `normalise` leaves them; several in one piece share its time evenly, and what has no start or no
+        end is left out.
+    """
+    whole: list[tuple[str, float | None, float | None]] = []
+    for piece in pieces:
+        text, (start, end) = piece["text"], piece["timestamp"]
+        if whole and _is_one_word(whole[-1][0], text):
+            before, start, _ = whole.pop()
+            text = before + text
+        whole.append((text, start, end))
+    words = []
+    for text, start, end in whole:
+        parts = normalise(text).split()
+        if start is not None and end is not None:
+            times = [start + (end - start) * number / max(len(parts), 1) for number in range(len(parts) + 1)]
+            words += [Word(part, *times[number : number + 2]) for number, part in enumerate(parts)]
+    return words
 
 
 class Pocketsphinx:
@@ -296,16 +327,11 @@ class WhisperRecogniser:
         if len(samples) < SHORTEST_SECONDS * RECOGNISER_RATE_HZ:
             return []
         options = {"language": language, "task": "transcribe"} if self._languages else {}
-        heard: Any = self._pipeline(
-            {"raw": samples, "sampling_rate": RECOGNISER_RATE_HZ}, return_timestamps="word", generate_kwargs=options
-        )
-        words = []
-        for piece in heard.get("chunks", ()):
-            start, end = piece["timestamp"]
-            for text in normalise(piece["text"]).split():
-                if start is not None and end is not None:
-                    words.append(Word(text, float(start), float(end)))
-        return words
+        with self._dividing_as(language):
+            heard: Any = self._pipeline(
+                {"raw": samples, "sampling_rate": RECOGNISER_RATE_HZ}, return_timestamps="word", generate_kwargs=options
+            )
+        return timed_words(heard.get("chunks", ()))
 
     def align(self, waveform: Tensor, rate_hz: int, text: str) -> list[Word] | None:
         """Give None: Whisper tells the times of words that it writes itself only.
@@ -319,6 +345,23 @@ class WhisperRecogniser:
             None.
         """
         return None
+
+    @contextmanager
+    def _dividing_as(self, language: str) -> Iterator[None]:
+        """Have transformers divide what is written as a language is: at blanks, or at characters where it has none.
+
+        The pipeline is not told the language: what Whisper gives no longer names it, and then transformers asks the
+        tokenizer, and takes English where that knows none either.
+        """
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+        tokenizer: Any = self._pipeline.tokenizer
+        before = tokenizer.language
+        tokenizer.language = LANGUAGES.get(language, before)
+        try:
+            yield
+        finally:
+            tokenizer.language = before
 
 
 def resampled(waveform: Tensor, rate_hz: int) -> Tensor:
@@ -356,6 +399,29 @@ def import_listener(name: str, install: str) -> ModuleType:
         raise ListenerMissingError(
             f"measuring needs the package {name} ({error}); install it with: {install}"
         ) from error
+
+
+def _plain(text: str) -> str:
+    """A text in one form of its characters and numbers, small letters, one kind of apostrophe."""
+    return COMMA_OF_THOUSANDS.sub("", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+
+
+def _is_spelled(character: str) -> bool:
+    """Whether a character is a word by itself."""
+    return unicodedata.name(character, "").startswith(SPELLED_BY_CHARACTER)
+
+
+def _is_heard(character: str) -> bool:
+    """Whether a character stands for a sound: letters, their marks, digits, and the apostrophe."""
+    return character == "'" or unicodedata.category(character)[0] in "LMN"
+
+
+def _is_one_word(before: str, after: str) -> bool:
+    """Whether a word goes on from the end of one piece to the beginning of the next."""
+    if _plain(before + after) != _plain(before) + _plain(after):  # 3 | ,000; a letter | its mark
+        return True
+    meeting = _plain(before)[-1:], _plain(after)[:1]
+    return all(character and _is_heard(character) and not _is_spelled(character) for character in meeting)
 
 
 def _found(recogniser: Recogniser) -> Found:

@@ -19,7 +19,7 @@ from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
 from taste.atomic import atomic_path
 from taste.audio import AudioError, read_audio
 from taste.data import UtteranceDataset
-from taste.measure_table import title_of, to_markdown
+from taste.measure_table import Measures, title_of, to_markdown
 from taste.recogniser import Found, find_aligner, normalise
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
@@ -93,7 +93,12 @@ def measure_run(
 
 
 def write_run_report(
-    folder: Path, runs: Mapping[str, Path], model_dir: str | Path, title: str, found: Found | None = None
+    folder: Path,
+    runs: Mapping[str, Path],
+    model_dir: str | Path,
+    title: str,
+    found: Found | None = None,
+    more_measures: Measures | None = None,
 ) -> Path:
     """Write `report.html` and `table.md` of one run, or of several side by side.
 
@@ -104,6 +109,7 @@ def write_run_report(
         model_dir: model folder, for its mel and its rate.
         title: heading of the page.
         found: who times the words of the recordings; None: pocketsphinx where it is installed.
+        more_measures: of each system, what its metrics.json does not tell.
 
     Returns:
         path of the page.
@@ -113,7 +119,7 @@ def write_run_report(
     skipped: dict[str, str] = {}
     notes: dict[str, list[str]] = {}  # note -> whose
     for system, own in metrics.items():
-        measures[system] = measures_of(own)
+        measures[system] = measures_of(own) | dict((more_measures or {}).get(system, {}))
         sounds = own.get("sounds", {})
         for name, values in sounds.get("measures", {}).items():
             measures[name] = {**measures.get(name, {}), **values}
@@ -150,9 +156,10 @@ def measures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
         if isinstance(scores, Mapping):  # else a sentence that says why there are none
             measures[f"top5_{control}"] = scores["top5"]
     generated = metrics.get("generation", {})
-    measures |= {name: value for name, value in generated.items() if name != "utterances"}
+    measures |= {"utterances_generated" if name == "utterances" else name: own for name, own in generated.items()}
     if codes := metrics.get("codes"):
         measures |= {
+            "words_coded": codes["words"],
             "code_usage": statistics.fmean(codes["usage"]),
             "perplexity": statistics.fmean(codes["perplexity"]),
             "words_per_second": codes["words_per_second"],

@@ -5,8 +5,9 @@ processing. Everything is computed at the sound's own rate, on the CPU.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ LEAST_SECONDS = 0.05  # of a sound to be compared
 LEAST_VOICED_FRAMES = 10  # that both sounds must have for a correlation to mean something
 LEAST_MELODY_OCTAVES = 0.1 / 12  # standard deviation of F0: a voice that moves less is a monotone to the ear
 DURATION_TOLERANCE_S = 0.05  # within which a word's duration is kept
+DURATION_WINDOW_S = 0.025  # below which it is kept in the published evaluation of TASTE (tools/.local there, @ 301bce2)
+ROUNDING_S = 1e-6  # that must not push a difference over an edge: times are multiples of 10 or 20 ms
 DB_PER_NEPER = 20 / math.log(10)  # of a natural logarithm of an amplitude
 
 SPEAKER_FILE = "campplus.onnx"
@@ -55,6 +58,7 @@ class DurationMetrics(NamedTuple):
 
     words: int  # compared
     consistent: int  # of these, whose durations differ by the tolerance at most
+    inside_window: int  # of these, whose durations differ by less than DURATION_WINDOW_S
     difference_s: float  # sum of the absolute differences
     reference_s: float  # sum of the durations in the reference
 
@@ -157,19 +161,29 @@ def speaker_similarity(encoder: SpeakerEncoder, first: Tensor, second: Tensor, r
     return float(torch.cosine_similarity(vectors[0], vectors[1], dim=0))
 
 
-def word_error(references: Sequence[str], heard: Sequence[str]) -> float | None:
+def word_error(
+    references: Sequence[str], heard: Sequence[str], languages: Sequence[str | None] | None = None
+) -> float | None:
     """Count wrong words over a set of utterances.
+
+    English is brought into one spelling as published word errors are: `twenty five` is `25`, `colour` is `color`,
+    `it's` is `it is`, and `um` is nothing.
 
     Args:
         references: what was said.
         heard: what a recogniser wrote.
+        languages: of each utterance, as `en`; None: not noted, so nothing is done that English alone allows.
 
     Returns:
         substitutions, deletions and insertions for each word said; None where no word was said.
     """
     import jiwer
 
-    pairs = [(normalise(said), normalise(wrote)) for said, wrote in zip(references, heard, strict=True)]
+    languages = [None] * len(references) if languages is None else languages
+    pairs = [
+        (_in_one_spelling(said, language), _in_one_spelling(wrote, language))
+        for said, wrote, language in zip(references, heard, languages, strict=True)
+    ]
     pairs = [(said, wrote) for said, wrote in pairs if said]
     return jiwer.wer([said for said, _ in pairs], [wrote for _, wrote in pairs]) if pairs else None
 
@@ -192,10 +206,10 @@ def compare_durations(
         for i, j in _agreeing([word.text for word in reference], [word.text for word in other])
     ]
     differences = [abs(theirs - ours) for ours, theirs in durations]
-    # times are multiples of 10 or 20 ms: rounding must not push a difference over the edge
     return DurationMetrics(
         words=len(durations),
-        consistent=sum(difference <= tolerance_s + 1e-6 for difference in differences),
+        consistent=sum(difference <= tolerance_s + ROUNDING_S for difference in differences),
+        inside_window=sum(difference < DURATION_WINDOW_S - ROUNDING_S for difference in differences),
         difference_s=sum(differences),
         reference_s=sum(ours for ours, _ in durations),
     )
@@ -229,8 +243,9 @@ def evaluate_sounds(
 
     A system that made no sound of an utterance misses all its words there and is compared in nothing else. Word error
     is over all words of the set, durations over all words compared, the other measures are means over utterances. The
-    recordings themselves are the system `original`, which has a word error only. Durations are compared of words that
-    the recogniser hears in both sounds; where it can look for the transcript, it times them by that.
+    recordings themselves are the system `original`, which has a word error only, and as all systems the number of
+    utterances with a sound long enough to be compared. Durations are compared of words that the recogniser hears in
+    both sounds; where it can look for the transcript, it times them by that.
 
     Args:
         rows: the utterances.
@@ -254,9 +269,12 @@ def evaluate_sounds(
         notes += _listen(found.recogniser, rows, names, rate_hz, results)
     else:
         skipped |= dict.fromkeys((*_Collected.HEARD, *_Collected.TIMED), found.reason)
+    least_samples = LEAST_SECONDS * rate_hz
     for row in rows:
+        results["original"].with_sound += row.original is not None and len(row.original) >= least_samples
         for name, sound in row.sounds.items():
-            if row.original is not None and len(sound) >= LEAST_SECONDS * rate_hz:
+            results[name].with_sound += len(sound) >= least_samples
+            if row.original is not None and len(sound) >= least_samples:
                 _compare(row.original, sound, rate_hz, encoder, results[name])
     measures = {name: collected.measures(name == "original") for name, collected in results.items()}
     if any(row.original is not None for row in rows) and all(
@@ -271,17 +289,25 @@ class _Collected:
     """What was found out about a system, utterance by utterance."""
 
     HEARD = ("word_error",)
-    TIMED = ("duration_consistency", "word_duration_error_ms", "word_duration_error_relative")
+    TIMED = (
+        *("duration_consistency", "duration_consistency_25_ms"),
+        *("word_duration_error_ms", "word_duration_error_relative"),
+    )
 
+    with_sound: int = 0  # utterances
     said: list[str] = field(default_factory=list)
     heard: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)  # of what was said
     durations: list[DurationMetrics] = field(default_factory=list)
     sounds: list[SoundMetrics] = field(default_factory=list)
     voices: list[float] = field(default_factory=list)
 
     def measures(self, only_words: bool) -> dict[str, float | None]:
         """The measures by name."""
-        measures = {"word_error": word_error(self.said, self.heard)}
+        measures: dict[str, float | None] = {
+            "utterances_with_sound": self.with_sound,
+            "word_error": word_error(self.said, self.heard, self.languages),
+        }
         if only_words:
             return measures
         words = sum(own.words for own in self.durations)
@@ -294,6 +320,7 @@ class _Collected:
             "voicing_error": _mean([own.voicing_error for own in self.sounds]),
             "seconds_ratio": _mean([own.seconds_ratio for own in self.sounds]),
             "duration_consistency": sum(own.consistent for own in self.durations) / words if words else None,
+            "duration_consistency_25_ms": sum(own.inside_window for own in self.durations) / words if words else None,
             "word_duration_error_ms": 1000 * difference_s / words if words else None,
             "word_duration_error_relative": difference_s / reference_s if reference_s else None,
             "words_compared": words,
@@ -321,6 +348,7 @@ def _listen(
         for name, words in heard.items():
             results[name].said.append(row.text)
             results[name].heard.append(" ".join(word.text for word in words))
+            results[name].languages.append(row.language)
         if row.original is None:
             continue
         expected = recogniser.align(row.original, rate_hz, row.text)
@@ -339,6 +367,21 @@ def _listen(
             "compared where they were heard in the recording and in the sound"
         )
     return notes
+
+
+def _in_one_spelling(text: str, language: str | None) -> str:
+    """A text reduced to what can be heard, whichever way its words and numbers are spelled."""
+    if language != "en":
+        return normalise(text)
+    # what was heard has been normalised before, with no sign of a currency: those that numbers bring along go again
+    return normalise(_english_normaliser()(normalise(text)))
+
+
+@cache
+def _english_normaliser() -> Callable[[str], str]:
+    from whisper.normalizers import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
 
 
 def _understood(transcript: Sequence[Word], heard: Sequence[Word]) -> set[int]:

@@ -14,7 +14,7 @@ from taste.whisper_encoder import encoder_weight_files
 
 # B batch   T text tokens   P prefix tokens   L = P + T positions   A Whisper frames, 50 Hz   H heads   D channels
 
-# <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|> of Whisper-large-v3
+# <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|> of Whisper-large-v3: English, whatever is spoken
 WHISPER_PREFIX = (50258, 50259, 50360, 50364)
 MAX_TEXT_TOKENS = 448  # positions of every published Whisper decoder
 LONGEST_WAVELENGTH = 10_000.0  # of the sinusoids that the positions start as, over 2 pi, in tokens
@@ -145,7 +145,8 @@ class TasteAggregator(nn.Module):
 
     The text is either given as embeddings, which `text_proj` brings to the speech's width, or as tokens, which have
     their own embedding here. The latter is what Whisper and the published model do: the tokens stand behind a prefix,
-    whose outputs are dropped again.
+    whose outputs are dropped again. The prefix names one language for all texts, English as published; Whisper's own
+    decoder finds other languages better behind theirs (`whisper_prefix`).
 
     Args:
         text_width: channels of the text embeddings; without effect where there is a vocabulary.
@@ -307,11 +308,33 @@ class TasteAggregator(nn.Module):
         return real[:, None, None, :]
 
 
+def whisper_prefix(language: str = "en") -> tuple[int, ...]:
+    """The tokens that stand before a text in Whisper-large-v3's decoder.
+
+    Args:
+        language: of the recording, as Whisper's tokens name it: `en`, `zh`.
+
+    Returns:
+        WHISPER_PREFIX, with that language.
+
+    Raises:
+        ValueError: Whisper does not know the language.
+    """
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    if language not in LANGUAGES:
+        raise ValueError(f"Whisper knows no language {language!r}; expected one of {', '.join(LANGUAGES)}")
+    start, first_language, *rest = WHISPER_PREFIX
+    return (start, first_language + list(LANGUAGES).index(language), *rest)
+
+
 def start_from_whisper(aggregator: TasteAggregator, whisper_dir: str | os.PathLike[str]) -> list[str]:
     """Copy the weights of a Whisper's own decoder, where the folder has them and they fit.
 
-    Of a deeper decoder, layers at even distances are taken, the first and the last among them, as distil-whisper does.
-    The values' projections become identities again: they read another layer than Whisper's did.
+    Of a deeper decoder, layers at even distances are taken, the first and the last among them. Distil-whisper begins so
+    too, and is then trained to write as the whole decoder does; here the layers have yet to learn to follow each other.
+    A trained decoder of two layers, for English, is that of distil-large-v3. The values' projections become identities
+    again: they read another layer than Whisper's did.
 
     Args:
         aggregator: takes the weights.

@@ -14,12 +14,13 @@ from taste.batch import Batch
 from taste.checkpoint import weights_fingerprint
 from taste.generation import Sampling, generate
 from taste.model import CosyVoiceS3Model
+from taste.settings import pick_device
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
 from taste.text import TextTokens, tokenize
 from taste.trained_reader import TrainedReader
 from taste.transcript_fit import misfits
-from taste.whisper_encoder import SAMPLE_RATE_HZ
+from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from taste.words import word_spans
 
 # T text tokens   W words   L codes a word   N samples   A Whisper frames, 50 Hz
@@ -102,7 +103,7 @@ class TasteTokenizer:
         model_dir: str | Path,
         whisper_dir: str | Path | None = None,
         mid_layer: int = 6,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> "TasteTokenizer":
         """Open what a run of variant `taste` has trained.
 
@@ -111,7 +112,7 @@ class TasteTokenizer:
             model_dir: the model folder it was trained on.
             whisper_dir: Whisper in transformers' format; None: `<model_dir>/whisper`.
             mid_layer: the Whisper block that was tapped for its features.
-            device: where to compute.
+            device: where to compute; None: the first CUDA device, else the CPU.
 
         Returns:
             the tokenizer.
@@ -120,19 +121,20 @@ class TasteTokenizer:
             FileNotFoundError: a file is missing.
             ValueError: as for `taste.trained_reader.TrainedReader`.
         """
+        device = pick_device("auto") if device is None else device
         reader = TrainedReader(checkpoint_path, model_dir, whisper_dir, mid_layer, device)
         return cls(reader, model_dir, device=device)
 
     @classmethod
     def open_released(
-        cls, folder: str | Path, model_dir: str | Path, device: torch.device | str = "cpu"
+        cls, folder: str | Path, model_dir: str | Path, device: torch.device | str | None = None
     ) -> "TasteTokenizer":
         """Open what the authors of TASTE released.
 
         Args:
             folder: their TASTE-V0.
             model_dir: CosyVoice-300M, for speaker vectors and for flow and HiFT, which TASTE never trained.
-            device: where to compute.
+            device: where to compute; None: the first CUDA device, else the CPU.
 
         Returns:
             the tokenizer.
@@ -144,6 +146,7 @@ class TasteTokenizer:
         from taste.official import load_taste_checkpoint
         from taste.official import tokenize as split_as_released
 
+        device = pick_device("auto") if device is None else device
         return cls(load_taste_checkpoint(folder).to(device), model_dir, split_as_released, device)
 
     @property
@@ -182,7 +185,7 @@ class TasteTokenizer:
         speaker = None if self._speaker is None else self._speaker.embed(waveform)
         batch = self._reader.batch(tokens, waveform=waveform, speaker=speaker)
         spans = word_spans(tokens.word_ids)
-        attention = self.model.attention(batch)[0].cpu()
+        attention = _on_recording(self.model.attention(batch)[0].cpu(), len(waveform))
         return SpeechCodes(
             text=text,
             words=[self._text_tokenizer.decode(tokens.tokens[start:end]).strip() for start, end in spans],
@@ -207,8 +210,10 @@ class TasteTokenizer:
             codes: [W, L] integers, a row for each word of the text.
             text: what is to be said.
             speaker: speaker vector [192]; None where the model reads none.
-            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling (a released TASTE's authors draw
-                from the 10 likeliest units: `Sampling("top_k", 10)`).
+            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling. The authors' package, which
+                opens a released TASTE, draws from the 25 likeliest units, `Sampling("top_k", 25)`, 2 to 20 for each
+                position of the whole prefix (speaker and marks too); the scripts of their first stage draw from 10, 3
+                to 30 for each text token.
             seed: of the sampling and of the decoder's noise.
 
         Returns:
@@ -282,3 +287,12 @@ class TasteTokenizer:
                 f"codes from {int(codes.min())} to {int(codes.max())}; this model has 0 to {self.codebook_size - 1}"
             )
         return codes
+
+
+def _on_recording(attention: Tensor, samples: int) -> Tensor:
+    """The attention [T, A] to the frames of the recording alone, each row's sum 1.
+
+    A released TASTE looks at the silence too that fills up Whisper's window.
+    """
+    heard = attention[:, : -(-samples // SAMPLES_PER_FRAME)]
+    return heard / heard.sum(dim=1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)

@@ -9,9 +9,15 @@ def test_usage_perplexity_and_rates_are_those_of_a_counted_example():
     found = describe_codes(codes, seconds=2.0, codebook_size=8)
     assert found["words"] == 4 and found["words_per_second"] == 2.0
     assert found["bits_per_word"] == 6.0 and found["bits_per_second"] == 12.0
-    assert found["used"] == [4, 1] and found["usage"] == [0.5, 0.125]
+    assert found["used"] == [4, 1] and found["usage"] == [1.0, 0.25]  # of the 4 codes that 4 words could use
     assert found["perplexity"] == pytest.approx([4.0, 1.0])
     assert found["entropy_bits_per_second"] == pytest.approx(2 * 2.0)
+
+
+def test_usage_is_of_the_codebook_where_there_are_words_enough_for_it():
+    codes = torch.arange(6).repeat(5)[:, None]
+    assert describe_codes([codes], seconds=1.0, codebook_size=8)["usage"] == [6 / 8]
+    assert describe_codes([codes[:4]], seconds=1.0, codebook_size=8)["usage"] == [1.0]
 
 
 def test_the_papers_quantizer_has_36_bits_a_word():

@@ -22,6 +22,11 @@ def test_the_papers_figures_are_marked_and_explained():
     assert PAPER_NOTE not in to_markdown({"simple": {"mcd_db": 6.0}})
 
 
+def test_what_sets_our_figures_apart_from_the_papers_is_said_below_them():
+    assert "50 ms at most" in PAPER_NOTE and "less than 25 ms" in PAPER_NOTE
+    assert "CAM++" in PAPER_NOTE and "CAM++" in MEASURES["speaker_similarity"].label
+
+
 def test_the_paper_is_quoted_for_systems_and_measures_that_exist():
     assert set(PAPER) <= set(MEASURES)
     assert {system for values in PAPER.values() for system in values} <= set(SYSTEMS)

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,10 +91,11 @@ def test_a_released_folder_opens_and_encodes_and_decodes(released):
     assert decoded.lengths.tolist() == [len(TEXT.tokens) + 3]
 
 
-def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_path):
+def write_speaking_taste(folder: Path, case: dict[str, Any]) -> Path:
+    """A small released-style folder that says the units, and reads the speaker vectors, of a CosyVoice folder."""
     audio = "audio_tower.audio_joint_encoder_segmenter.audio_encoder.encoder."
-    folder = write_small_taste(
-        tmp_path / "released",
+    return write_small_taste(
+        folder,
         case,
         other_shapes={
             "speech_decoder.speech_embedding.weight": (4096, 32),
@@ -103,6 +105,20 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_pa
             f"{audio}embed_positions.weight": (200, 32),  # 4 s
         },
     )
+
+
+def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, tmp_path):
+    tokenizer = TasteTokenizer.open_released(write_speaking_taste(tmp_path / "released", case), "CosyVoice-tiny")
+    recording, text = sound(8_000), "A test."  # 25 of the window's 200 frames
+    blurred = tokenizer.encode(recording, text)
+    assert len(blurred.doubts) == 1 and "attention is" in blurred.doubts[0]  # random weights find nothing
+    for layer in tokenizer.model.aggregator.layers:
+        layer.encoder_attn.q_proj.weight.data.mul_(100.0)
+    assert tokenizer.encode(recording, text).doubts == []
+
+
+def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_path):
+    folder = write_speaking_taste(tmp_path / "released", case)
     tokenizer = TasteTokenizer.open_released(folder, "CosyVoice-tiny")
     text = "An unbelievably short test."
     spoken = tokenizer.encode(sound(32_000), text)

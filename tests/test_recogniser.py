@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ import torch
 import setup_cosyvoice
 from taste.audio import read_audio
 from taste.manifest import read_manifest
-from taste.recogniser import Pocketsphinx, WhisperRecogniser, find_recogniser, normalise, whisper_lacks
+from taste.recogniser import (
+    Pocketsphinx,
+    WhisperRecogniser,
+    Word,
+    find_recogniser,
+    normalise,
+    timed_words,
+    whisper_lacks,
+)
 from taste.settings import parse_settings
 from tests.small_whisper import write_small_whisper
 
@@ -127,6 +136,7 @@ def test_what_cannot_be_heard_is_left_out_of_words():
     assert normalise("and(2) 'quoted' — déjà vu") == "and quoted déjà vu"
     assert normalise("三百 ok，好") == "三 百 ok 好"
     assert normalise(" … ") == ""
+    assert normalise("3,000,000 of 1,2 or 12,3456") == "3000000 of 1 2 or 12 3456"
 
 
 def test_pocketsphinx_writes_down_words_in_order_of_time(sphinx, understood):
@@ -204,6 +214,67 @@ def test_what_setup_fetches_of_whisper_is_what_the_recogniser_needs(tmp_path):
     whole = write_writing_whisper(tmp_path / "whole")
     publish_tokenizer(whole)
     assert {path.name for path in whole.iterdir()} == {*fetched.required, *fetched.optional} - {"README.md", "LICENSE"}
+
+
+class WrittenDown:
+    """In place of Whisper's pipeline: takes this text as what was written, a tenth of a second for each token."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokenizer, self.text = tokenizer, text
+
+    def __call__(self, sound, return_timestamps, generate_kwargs):
+        tokens = torch.tensor([self.tokenizer(self.text, add_special_tokens=False).input_ids])
+        times = 0.1 * torch.arange(1, tokens.shape[1] + 1)[None]
+        outputs = [{"tokens": tokens, "token_timestamps": times}]
+        text, more = self.tokenizer._decode_asr(  # what the pipeline calls
+            outputs, return_timestamps=return_timestamps, return_language=None, time_precision=0.02
+        )
+        return {"text": text, **more}
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "expected"),
+    [
+        ("zh", "你好，世", [("你", 0.0, 0.3), ("好", 0.3, 0.9), ("世", 0.9, 1.2)]),  # a token is a byte here
+        ("ja", "あ ok い", [("あ", 0.0, 0.3), ("ok", 0.3, 0.6), ("い", 0.6, 1.0)]),
+        ("zh", "好ok'd", [("好", 0.0, 0.3), ("ok'd", 0.3, 0.7)]),
+        ("en", "so long", [("so", 0.0, 0.2), ("long", 0.2, 0.7)]),
+    ],
+)
+def test_each_character_has_its_own_time_where_a_language_writes_no_blanks(tmp_path, language, text, expected):
+    recogniser = WhisperRecogniser(write_writing_whisper(tmp_path / "whisper"))
+    tokenizer = recogniser._pipeline.tokenizer
+    recogniser._pipeline = WrittenDown(tokenizer, text)
+    heard = recogniser.words(torch.ones(RATE_HZ), RATE_HZ, language)
+    assert [word.text for word in heard] == [word for word, _, _ in expected]
+    for word, (_, start, end) in zip(heard, expected, strict=True):
+        assert (word.start_s, word.end_s) == pytest.approx((start, end), abs=0.011)
+    assert tokenizer.language is None  # as it was
+
+
+def test_pieces_of_a_word_are_put_together_and_words_of_a_piece_share_its_time():
+    pieces = [
+        {"text": "我们", "timestamp": (0.0, 0.4)},  # one token
+        {"text": "用", "timestamp": (0.4, 0.6)},
+        {"text": "Py", "timestamp": (0.6, 0.7)},
+        {"text": "thon", "timestamp": (0.7, 1.0)},
+        {"text": "。", "timestamp": (1.0, 1.2)},
+        {"text": "OK", "timestamp": (1.2, 1.4)},
+        {"text": " go", "timestamp": (1.4, 1.6)},
+        {"text": "ne", "timestamp": (1.6, None)},
+    ]
+    assert timed_words(pieces) == [
+        Word("我", 0.0, 0.2),
+        Word("们", 0.2, 0.4),
+        Word("用", 0.4, 0.6),
+        Word("python", 0.6, 1.0),
+        Word("ok", 1.2, 1.4),
+    ]
+    number = [{"text": " 3", "timestamp": (0.0, 0.2)}, {"text": ",000", "timestamp": (0.2, 0.5)}]
+    assert timed_words(number) == [Word("3000", 0.0, 0.5)]
+    apart = [{"text": " well", "timestamp": (0.0, 0.2)}, {"text": "-known", "timestamp": (0.2, 0.5)}]
+    assert timed_words(apart) == [Word("well", 0.0, 0.2), Word("known", 0.2, 0.5)]
+    assert timed_words([]) == []
 
 
 def test_a_whisper_that_cannot_write_says_what_it_lacks(tmp_path):

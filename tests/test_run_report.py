@@ -21,7 +21,13 @@ METRICS = {
     "test": {"loss": 2.0, "top1": 0.3, "top5": 0.6, "targets": 9},
     "controls": {"shuffled": {"loss": 3.0, "top1": 0.1, "top5": 0.4}, "silenced": "skipped: no Whisper"},
     "generation": {"utterances": 1, "bleu": 2.5},
-    "codes": {"usage": [1.0, 0.5], "perplexity": [30.0, 10.0], "words_per_second": 3.0, "bits_per_second": 108.0},
+    "codes": {
+        "words": 32,
+        "usage": [1.0, 0.5],
+        "perplexity": [30.0, 10.0],
+        "words_per_second": 3.0,
+        "bits_per_second": 108.0,
+    },
     "history": [{"epoch": 0, "train": {}, "test": {"loss": 2.0, "top1": 0.3, "top5": 0.6}}],
 }
 
@@ -107,7 +113,10 @@ def test_a_report_of_several_runs_sets_their_sounds_and_figures_side_by_side(run
     table = (tmp_path / "table.md").read_text()
     assert "| bit rate | – | – | 108 bit/s (paper 150 bit/s†) | – | – |" in table
     assert "| top-5 accuracy, hearing another recording (control) | – | – | 0.400 | – | – |" in table
-    assert table.count("skipped: needs ears") == 4
+    assert "| utterances generated | – | – | 1 | – | – |" in table
+    assert "| utterances with sound | 1 | 1 | 1 | 1 | 1 |" in table
+    assert "| words whose codes were counted | – | – | 32 | – | – |" in table
+    assert table.count("skipped: needs ears") == 5
 
 
 def test_an_unfinished_run_is_reported_with_what_it_has(tmp_path):
@@ -147,7 +156,9 @@ def test_measures_have_their_names_in_the_table():
         "top1": 0.3,
         "top5": 0.6,
         "top5_shuffled": 0.4,
+        "utterances_generated": 1,
         "bleu": 2.5,
+        "words_coded": 32,
         "code_usage": 0.75,
         "perplexity": 20.0,
         "words_per_second": 3.0,

@@ -14,7 +14,7 @@ import torch
 import torchaudio
 
 from taste.audio import read_audio
-from taste.recogniser import Found, Word
+from taste.recogniser import Found, Word, normalise
 from taste.sound_metrics import (
     UtteranceSounds,
     compare_durations,
@@ -160,6 +160,12 @@ def test_durations_within_the_tolerance_are_kept_wherever_the_words_lie():
     assert compared.reference_s == pytest.approx(0.9)
 
 
+def test_the_published_window_leaves_out_its_edge():
+    other = words(("the", 0.0, 0.22), ("old", 0.2, 0.525), ("house", 0.6, 1.03))  # 20, 25 and 30 ms longer
+    compared = compare_durations(REFERENCE, other)
+    assert (compared.words, compared.inside_window, compared.consistent) == (3, 1, 3)
+
+
 def test_only_words_that_agree_are_compared():
     heard = words(("the", 0.0, 0.2), ("gold", 0.2, 0.9), ("in", 0.9, 1.0), ("house", 1.0, 1.4))
     compared = compare_durations(REFERENCE, heard)
@@ -170,6 +176,34 @@ def test_nothing_heard_is_no_consistency_at_all():
     assert duration_consistency(REFERENCE, []) is None
     assert duration_consistency([], REFERENCE) is None
     assert duration_consistency(REFERENCE, words(("cat", 0.0, 0.2))) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "wrote"),
+    [
+        ("TWENTY FIVE MEN", "25 men"),
+        ("THE COLOUR", "the color"),
+        ("TWENTY DOLLARS", normalise("$20")),
+        ("IT'S THREE THOUSAND", normalise("it is 3,000")),
+        ("WELL UM YES", "well, yes"),
+    ],
+)
+def test_english_is_held_against_what_was_heard_in_one_spelling(said, wrote):
+    assert word_error([said], [wrote], ["en"]) == 0
+    assert word_error([said], [wrote], ["de"]) > 0
+    assert word_error([said], [wrote]) > 0
+
+
+def test_characters_of_a_language_without_blanks_are_its_words():
+    assert word_error(["二十五。", "one two"], ["二十", "one"], ["zh", "en"]) == (1 + 1) / (3 + 1)  # 12, 1
+
+
+def test_a_spelling_of_numbers_changes_no_word_that_is_timed(recordings):
+    heard = {30_000: words(("twenty", 0.0, 0.2), ("five", 0.2, 0.5)), 20_000: words(("25", 0.0, 0.5))}
+    row = UtteranceSounds("a", "Twenty five", recordings["slt"][:30_000], {"good": recordings["slt"][:20_000]})
+    result = evaluate_sounds([row], RATE_HZ, MODEL_DIR, Found(ScriptedRecogniser(heard, None), "script"))
+    assert result.measures["original"]["word_error"] == result.measures["good"]["word_error"] == 0
+    assert result.measures["good"]["words_compared"] == 0
 
 
 def test_word_error_is_that_of_the_set():
@@ -207,13 +241,16 @@ def test_a_system_without_a_sound_misses_all_words_and_is_compared_in_nothing(re
     for times in (aligned, None):
         found = Found(ScriptedRecogniser(heard, times), "script")
         result = evaluate_sounds(rows, RATE_HZ, MODEL_DIR, found)
-        assert result.measures["original"] == {"word_error": 0}
+        assert result.measures["original"] == {"utterances_with_sound": 3, "word_error": 0}
+        assert result.measures["good"]["utterances_with_sound"] == 3
+        assert result.measures["poor"]["utterances_with_sound"] == 1
         assert result.measures["good"]["word_error"] == 0
         assert result.measures["good"]["mcd_db"] == 0
         assert result.measures["good"]["speaker_similarity"] == pytest.approx(1)
         poor = result.measures["poor"]
         assert poor["word_error"] == pytest.approx(4 / 6)  # one of three missing, and all three of the other
         assert poor["words_compared"] == 2
+        assert poor["duration_consistency"] == poor["duration_consistency_25_ms"] == 0.5  # 0 and 200 ms
         assert poor["word_duration_error_ms"] == pytest.approx(100)
         assert poor["word_duration_error_relative"] == pytest.approx(0.2 / 0.5)
         assert result.notes[0] == "words written down by script: 2 of 3 utterances"
@@ -226,6 +263,7 @@ def test_what_nobody_can_judge_is_skipped_with_its_reason(recordings, tmp_path):
     result = evaluate_sounds([row], RATE_HZ, tmp_path, Found(None, "skipped: needs ears"))
     assert result.measures["good"]["word_error"] is None
     assert result.measures["good"]["duration_consistency"] is None
+    assert result.measures["good"]["duration_consistency_25_ms"] is None
     assert result.measures["good"]["mcd_db"] == 0
     assert result.skipped["word_error"] == "skipped: needs ears"
     assert "campplus.onnx" in result.skipped["speaker_similarity"]

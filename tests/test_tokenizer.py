@@ -218,6 +218,13 @@ def test_what_cannot_be_encoded_is_told(tmp_path, tokenizer, text, make, message
         tokenizer.encode(make(tmp_path), text)
 
 
+def test_a_device_is_looked_for_where_none_is_given(work, monkeypatch):
+    asked = []
+    monkeypatch.setattr("taste.tokenizer.pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    assert work.open().device == torch.device("cpu") and asked == ["auto"]
+    assert work.open(device="cpu").device == torch.device("cpu") and asked == ["auto"]
+
+
 def test_another_whisper_than_the_training_features_is_refused(work, tmp_path):
     with pytest.raises(ValueError, match="mid_layer: 2 then, 3 now"):
         work.open(mid_layer=3)
