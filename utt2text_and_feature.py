@@ -20,11 +20,12 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -49,7 +50,7 @@ from taste.memory_guard import MemoryGuard
 from taste.output_lock import OutputBusyError
 from taste.prefetch import prefetched
 from taste.provenance import check_made_with, digest, file_digest
-from taste.settings import Settings, parse_settings, pick_device
+from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.speaker import SpeakerEncoder
 from taste.text import tokenize
 from taste.utterance_features import Models, Outputs, Prepared, add_batch, prepare
@@ -80,6 +81,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 _SPEAKER_MODEL = "campplus.onnx"
 _MOST_WORKERS = 16
 _MEASURED_RECORDINGS = 200  # the disk use is estimated from so many
+_SAME_LENGTH_S = 0.02  # by which two lengths of one recording may differ
 _SOME_FAILED_EXIT_CODE = 3
 _MEMORY_STOP_EXIT_CODE = 75  # EX_TEMPFAIL: try again later
 
@@ -200,31 +202,47 @@ def note_models(settings: Settings, models: Models, outputs: Outputs) -> None:
 def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
     """Let utterances be done again whose transcript is another one than when they were done.
 
+    Recordings may have moved; one of another length than before under the same id is another recording.
+
     Args:
         utterances: of the manifest.
         outputs: the files; text embeddings and utterance info lose the utterances, Whisper features stay.
 
     Raises:
-        ValueError: utterances have another recording as well: this is another corpus with the same ids.
+        ValueError: utterances have another recording: this is another corpus with the same ids.
         FeatureWriteError: the disk has no room for a copy of the text embeddings.
     """
     if not outputs.info.done_ids:
         return
     known = open_features(outputs.info.output_path)
     changed = [item for item in utterances if item.utt_id in known and known[item.utt_id]["text"] != item.text]
-    others = [item for item in changed if known[item.utt_id]["audio_path"] != str(item.audio_path)]
+    moved = [
+        item for item in utterances if item.utt_id in known and known[item.utt_id]["audio_path"] != str(item.audio_path)
+    ]
+    with_other_text = {item.utt_id for item in changed}
+    others = [item for item in moved if item.utt_id in with_other_text or _lasts_otherwise(item, known[item.utt_id])]
     if others:
         first = known[others[0].utt_id]
         places = [place for writer in outputs for place in (writer.output_path, chunk_folder(writer.output_path))]
+        places_there = " ".join(str(place) for place in places if place.exists())
         raise ValueError(
-            f"{len(others)} utterances were done with another recording and another transcript; {others[0].utt_id} was "
-            f"{first['audio_path']} ({first['text']!r}), is {others[0].audio_path} ({others[0].text!r}). Choose other "
-            f"outputs, or start again after: rm -r {' '.join(str(place) for place in places if place.exists())}"
+            f"{len(others)} utterances were done with another recording; {others[0].utt_id} was {first['audio_path']} "
+            f"({first['text']!r}), is {others[0].audio_path} ({others[0].text!r}). Choose other outputs, or start "
+            f"again after: rm -r {places_there}, and likewise remove what s3.sh made of these ids: "
+            "s3_output/<split>_utt2s3.*"
         )
     if changed:
         print(f"{len(changed)} transcripts have changed, {changed[0].utt_id} first: these utterances are done again")
         for writer in (outputs.text, outputs.info):  # what tells that a transcript has changed goes last
             writer.forget(item.utt_id for item in changed)
+
+
+def _lasts_otherwise(utterance: Utterance, known: Mapping[str, Any]) -> bool:
+    """Whether a recording has another length than the one that was done; not where it cannot be read."""
+    try:
+        return abs(duration_seconds(utterance.audio_path) - known["duration_s"]) > _SAME_LENGTH_S
+    except ValueError:
+        return False  # it will be reported when its turn comes
 
 
 def check_disk(utterances: Sequence[Utterance], models: Models, outputs: Outputs, settings: Settings) -> str:
@@ -361,7 +379,7 @@ def run(settings: Settings) -> Progress:
     utterances = choose_subset(read_manifest(settings.jsonl), settings.subset_ratio)
     with StopRequest() as stop, ExitStack() as stack:
         outputs = open_outputs(settings, stack)
-        print(f"loading {settings.model_dir} ...")
+        print(f"loading {settings.model_dir} onto {describe_device(pick_device(settings.device))} ...")
         models = load_models(settings)
         note_models(settings, models, outputs)
         forget_changed(utterances, outputs)

@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ EXTRA_POSITIONS = 3  # [sos] [speaker] [task]
 WORD_FIELDS = ("text_token", "word_id")  # of utt2info: a number for each text token
 HELD_OUT_SHARE = 0.1
 HELD_OUT_SEED = 0  # one for all runs: what a run has learned from is no other's test set
+MOST_UNITS_OFF = 3  # by which an utterance's units may be more or fewer than its recording has
 MOST_HELD_OUT = 0.25  # of the utterances; where whole speakers are more, single utterances are held out
 SHOWN_IDS = 3
 
@@ -242,8 +241,8 @@ def open_dataset(paths: FeaturePaths, sizes: ModelSizes) -> UtteranceDataset:
         raise FileNotFoundError(
             "missing feature files: "
             + ", ".join(str(path) for path in absent)
-            + "\nS3 units are made by `bash s3.sh`, "
-            "the others by `python utt2text_and_feature.py --jsonl <manifest>`"
+            + "\nS3 units are made by `bash s3.sh --model-dir <folder>`, "
+            "the others by `python utt2text_and_feature.py --model-dir <folder> --jsonl <manifest>`"
         )
     text = open_features(paths.text)
     features = Features(
@@ -328,7 +327,10 @@ def real_frames(stored: int, units: int, duration_seconds: float | None) -> int:
 
 
 def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, UtteranceDataset, str]:
-    """Split a tenth off, for when there is no test set: whole speakers, or utterances where these are few or unknown.
+    """Split about a tenth off, for when there is no test set: whole speakers, or utterances where these are few.
+
+    Whether a speaker or an utterance is held out depends on its name alone, not on the others: data that grows leaves
+    each where it was, and a run that goes on with another's weights is not tested on what that one has learned from.
 
     Args:
         dataset: the utterances; at least two.
@@ -344,30 +346,28 @@ def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, Ut
         raise ValueError("there is no test set, and one training utterance cannot be split; make the TEST_ features")
     speakers = [dataset.info(utt_id).get("speaker") for utt_id in dataset.utt_ids]
     by_speaker = None not in speakers and len(set(speakers)) > 1
-    groups, held_out = _draw_groups(speakers if by_speaker else dataset.utt_ids, seed)
+    held_out = _draw_groups(speakers if by_speaker else dataset.utt_ids, seed)
     if by_speaker and sum(speaker in held_out for speaker in speakers) > MOST_HELD_OUT * len(dataset):
         by_speaker = False
-        groups, held_out = _draw_groups(dataset.utt_ids, seed)
+        held_out = _draw_groups(dataset.utt_ids, seed)
     group_of = speakers if by_speaker else dataset.utt_ids
     test = [index for index, group in enumerate(group_of) if group in held_out]
     train = [index for index, group in enumerate(group_of) if group not in held_out]
-    what = f"{len(held_out)} of {len(groups)} speakers, " if by_speaker else ""
+    what = f"{len(held_out)} of {len(set(speakers))} speakers, " if by_speaker else ""
     sentence = f"no test set: {what}{len(test)} of {len(dataset)} training utterances are held out (seed {seed})"
     return dataset.subset(train), dataset.subset(test), sentence
 
 
-def _draw_groups(group_of: Sequence[str], seed: int) -> tuple[list[str], set[str]]:
-    """All groups of utterances, and some of them with a tenth of the utterances."""
-    sizes = Counter(group_of)
-    groups = sorted(sizes)
-    random.Random(seed).shuffle(groups)
-    wanted = max(1, round(len(group_of) * HELD_OUT_SHARE))
-    held_out: set[str] = set()
-    for group in groups[:-1]:  # one group at least stays for training
-        if sum(sizes[held] for held in held_out) >= wanted:
-            break
-        held_out.add(group)
-    return groups, held_out
+def _draw_groups(group_of: Sequence[str], seed: int) -> set[str]:
+    """About a tenth of the groups of utterances, one at least, not all of them."""
+    drawn = {group: _between_0_and_1(f"{seed}/{group}") for group in set(group_of)}
+    ordered = sorted(drawn, key=drawn.__getitem__)
+    count = sum(value < HELD_OUT_SHARE for value in drawn.values())
+    return set(ordered[: min(max(count, 1), len(ordered) - 1)])
+
+
+def _between_0_and_1(name: str) -> float:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _reason_to_leave_out(features: Features, utt_id: str) -> str | None:
@@ -383,6 +383,12 @@ def _reason_to_leave_out(features: Features, utt_id: str) -> str | None:
         return "without a speaker vector"
     if len(text) + len(units) + EXTRA_POSITIONS > MAX_LM_POSITIONS:
         return f"longer than the {MAX_LM_POSITIONS} positions of the language model"
+    duration_s = features.info[utt_id].get("duration_s") if features.info is not None else None
+    if duration_s is not None and abs(len(units) - duration_s * FRAMES_PER_SECOND) > MOST_UNITS_OFF:
+        return (
+            f"with other S3 units than {FRAMES_PER_SECOND} a second of their recordings; where they were made of an "
+            "earlier corpus, remove them and run s3.sh again"
+        )
     return None
 
 
@@ -416,6 +422,6 @@ def _check_sizes(features: Features, utt_id: str, sizes: ModelSizes, first_id: s
         raise ValueError(
             f"utterance {utt_id} does not fit the model folder: "
             + "; ".join(problems)
-            + "\nMake the features again with this model folder: python utt2text_and_feature.py --model_dir <folder>, "
-            "and bash s3.sh"
+            + "\nMake the features again with this model folder: python utt2text_and_feature.py --model-dir <folder> "
+            "--jsonl <manifest>, and bash s3.sh --model-dir <folder>"
         )

@@ -8,7 +8,7 @@ file, or leaves them. A reader takes either, or both at once. Flat files are `{u
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -156,12 +156,22 @@ class FeatureWriter:
             utt_ids: some of `done_ids`.
 
         Raises:
-            FeatureWriteError: the disk has no room for a copy; nothing has changed.
+            FeatureWriteError: the disk has no room for a copy of a file; call it again when it has.
         """
         gone = set(utt_ids) & self.done_ids
-        if gone:
-            self._merge(_chunks(self.chunk_folder), without=gone)
-            self.done_ids -= gone
+        for source in self._sources():
+            content = _load(source)  # mapped: what stays is not read before it is written
+            kept = {utt_id: value for utt_id, value in content.items() if utt_id not in gone}
+            if len(kept) == len(content):
+                continue
+            try:
+                _save(source, self._layout(kept))
+            except (OSError, RuntimeError) as error:
+                raise FeatureWriteError(
+                    f"cannot write {source} without {len(content) - len(kept)} of its utterances: {_cause(error)}; it "
+                    "has not changed. Free some space, and run the same again."
+                ) from error
+        self.done_ids -= gone
 
     def close(self) -> None:
         """Give the output free; the chunk in work is dropped unless it was flushed."""
@@ -175,17 +185,12 @@ class FeatureWriter:
         free = shutil.disk_usage(self.output_path.parent).free
         return size <= AUTO_SINGLE_LIMIT_BYTES and size + DISK_RESERVE_BYTES <= free
 
-    def _merge(self, chunks: list[Path], without: Collection[str] = ()) -> None:
+    def _merge(self, chunks: list[Path]) -> None:
         """One file from the earlier one and the chunks; their tensors are mapped, so memory stays small."""
-        merged = {utt_id: value for utt_id, value in open_features(self.output_path).items() if utt_id not in without}
+        merged = dict(open_features(self.output_path))
         try:
             _save(self.output_path, self._layout(merged))
         except (OSError, RuntimeError) as error:
-            if without:
-                raise FeatureWriteError(
-                    f"cannot write {self.output_path} without {len(without)} of its utterances: {_cause(error)}; "
-                    "nothing has changed. Free some space."
-                ) from error
             raise FeatureWriteError(
                 f"cannot merge {self.chunk_folder} into {self.output_path}: {_cause(error)}; the chunks are untouched. "
                 "Free some space, or run again with --save-mode chunks (training reads either)."
@@ -326,6 +331,12 @@ def _load(path: Path) -> dict[str, Any]:
             mappable = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
         content = _content(path, mappable)
     except Exception as error:  # reading damaged pickles raises nearly anything
+        if "Cannot allocate memory" in str(error):
+            raise FeatureFileError(
+                f"{path}: {path.stat().st_size / 1e9:.1f} GB are more than this machine maps at once (its memory and "
+                "swap); the file is whole. Use a machine with more memory, add swap, or let the kernel map it: "
+                "sysctl vm.overcommit_memory=1. Chunks (--save-mode chunks) need no such room"
+            ) from error
         raise FeatureFileError(f"{path}: truncated, or no feature file ({error}); {_remake(path)}") from error
     if not isinstance(content, dict):
         raise FeatureFileError(f"{path}: expected a dict of utterances, got {type(content).__name__}; {_remake(path)}")

@@ -183,6 +183,23 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
+def describe_device(device: "torch.device") -> str:
+    """Name a device, so that nobody computes on a slow one without knowing it.
+
+    Args:
+        device: it.
+
+    Returns:
+        such as `cuda (NVIDIA H100)`, or `cpu (8 threads; PyTorch sees no CUDA device)`.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    blind = "" if torch.cuda.is_available() else "; PyTorch sees no CUDA device"
+    return f"{device} ({torch.get_num_threads()} threads{blind})"
+
+
 def _add_flag(parser: argparse.ArgumentParser, constant: Constant) -> None:
     flag = "--" + constant.name.lower().replace("_", "-")
     default = constant.default

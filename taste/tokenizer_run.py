@@ -1,11 +1,14 @@
 """Encodes the recordings of a manifest to files of codes, and decodes such files to sound."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from taste.atomic import atomic_path
 from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
@@ -17,6 +20,8 @@ from taste.training import RunStopped
 from taste.variant_run import run_folder_of
 
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
+HOW_FILE = "made_with.json"  # in DECODED_FOLDER: how its sounds were made
+_HOW = ("cosyvoice_model_dir", "sampling", "top_k", "least_units_per_token", "most_units_per_token", "seed")
 
 
 def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
@@ -68,7 +73,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
     tokenizer = open_tokenizer(settings, device)
     folder = codes_folder(settings)
     failures, words, seconds, kept = [], 0, 0.0, 0
-    for utterance in utterances:
+    for utterance in tqdm(utterances, desc="encoding", unit="utt", dynamic_ncols=True, disable=None):
         _leave_if_asked(stop_requested)
         path = folder / f"{utterance.utt_id}.json"
         if spoken := _written_before(path, utterance, tokenizer):
@@ -78,10 +83,10 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
             spoken = tokenizer.encode(utterance.audio_path, utterance.text)
         except ValueError as error:
             failures.append(Failure(utterance.utt_id, str(utterance.audio_path), str(error)))
-            print(f"failed: {utterance.utt_id}: {error}")
+            tqdm.write(f"failed: {utterance.utt_id}: {error}")
             continue
         for doubt in spoken.doubts:
-            print(f"warning: {utterance.utt_id}: the transcript may not fit the recording: {doubt}")
+            tqdm.write(f"warning: {utterance.utt_id}: the transcript may not fit the recording: {doubt}")
         write_codes(path, spoken)
         words, seconds = words + len(spoken.words), seconds + spoken.seconds
     list_failures(folder.with_suffix(".json"), failures)
@@ -97,6 +102,8 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
 def decode_folder(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> None:
     """Speak every file of codes, `<run>/decoded/<utterance>.wav`.
 
+    A sound that this model made in this way, after the codes were last changed, is kept.
+
     Args:
         settings: CODES_DIR, how units are chosen, the seed; and what `open_tokenizer` reads.
         device: where to compute.
@@ -111,7 +118,7 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(
-            f"{folder} holds no codes; write some: python model_code.py --mode encode, or name a folder: --codes-dir"
+            f"{folder} holds no codes; write some: the same command with --mode encode, or name a folder: --codes-dir"
         )
     tokenizer = open_tokenizer(settings, device)
     all_spoken = {path: read_codes(path) for path in paths}
@@ -127,15 +134,38 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
             "What is not in the manifest any more stays when recordings are encoded anew: remove it"
         )
     written = run_folder_of(settings) / DECODED_FOLDER
-    for path, spoken in all_spoken.items():
+    kept = _spoken_before(written, all_spoken, {name: settings.to_dict()[name] for name in _HOW}, tokenizer)
+    for path, spoken in tqdm(all_spoken.items(), desc="decoding", unit="utt", dynamic_ncols=True, disable=None):
         _leave_if_asked(stop_requested)
+        if path in kept:
+            continue
         try:
             sampling = sampling_of(settings)
             waveform = tokenizer.decode(spoken.codes, spoken.text, spoken.speaker, sampling, settings.seed)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         write_wav(written / f"{path.stem}.wav", waveform, tokenizer.sample_rate_hz)
-    print(f"{len(paths)} wav files in {written}")
+    print(f"{len(paths)} wav files" + (f" ({len(kept)} of them from before)" if kept else "") + f" in {written}")
+
+
+def _spoken_before(
+    folder: Path, all_spoken: Mapping[Path, SpeechCodes], how: dict[str, object], tokenizer: TasteTokenizer
+) -> set[Path]:
+    """The files of codes whose sounds are there already; notes how those that follow are made."""
+    how = how | {"model": tokenizer.fingerprint}
+    note = folder / HOW_FILE
+    try:
+        same = json.loads(note.read_text(encoding="utf-8")) == how
+    except (OSError, ValueError):
+        same = False
+    if same:
+        sounds = {path: folder / f"{path.stem}.wav" for path in all_spoken}
+        return {path for path, wav in sounds.items() if wav.is_file() and wav.stat().st_mtime >= path.stat().st_mtime}
+    for path in all_spoken:  # made in another way: they must not pass for these, should the run be stopped
+        (folder / f"{path.stem}.wav").unlink(missing_ok=True)
+    with atomic_path(note) as temporary:
+        temporary.write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+    return set()
 
 
 def _written_before(path: Path, utterance: Utterance, tokenizer: TasteTokenizer) -> SpeechCodes | None:

@@ -69,10 +69,24 @@ def test_what_is_forgotten_is_written_anew(tmp_path: Path, save_mode: str) -> No
     with FeatureWriter(path, nested=True) as writer:
         writer.forget(["u2", "u5", "unknown"])
         assert writer.done_ids == {f"u{number}" for number in (0, 1, 3, 4, 6, 7)} == set(open_features(path))
+        assert path.exists() == (save_mode == "single")  # chunks stay apart: all together may be more than memory
         writer.add("u2", _value(2))
         writer.add("u5", _value(5))
         writer.finish(save_mode)
     _check(path, range(8))
+
+
+def test_a_file_too_large_to_be_mapped_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    _write(path, range(3), "single")
+
+    def out_of_memory(*_, **__):
+        raise RuntimeError("unable to mmap 64 bytes from file <a.pt>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(FeatureFileError, match="the file is whole") as caught:
+        open_features(path)
+    assert "remove it" not in str(caught.value)
 
 
 def test_the_single_file_has_the_layout_of_the_contract(tmp_path: Path) -> None:

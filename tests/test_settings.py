@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from taste.settings import Settings, find_constants, parse_settings, pick_device
+from taste.settings import Settings, describe_device, find_constants, parse_settings, pick_device
 
 SCRIPT = '''"""Does a thing.
 
@@ -140,6 +140,7 @@ def test_a_constant_that_no_flag_can_spell_is_refused(tmp_path: Path) -> None:
 def test_devices_are_checked() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda")
+    assert describe_device(pick_device("cpu")).startswith("cpu (")
     with pytest.raises(ValueError, match="expected auto, cpu"):
         pick_device("gpu")
     with pytest.raises(ValueError, match="PyTorch sees"):

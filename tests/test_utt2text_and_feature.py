@@ -332,7 +332,26 @@ def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert _run(manifest, model_dir, output) == 1
     told = capsys.readouterr().err
-    assert "1 utterances were done with another recording and another transcript; u1 was" in told and "rm -r" in told
+    assert "1 utterances were done with another recording; u1 was" in told and "rm -r" in told and "_utt2s3" in told
+
+
+def test_recordings_may_move_but_not_be_others(
+    tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:4]]
+    rows = [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
+    manifest, output = tmp_path / "train.jsonl", tmp_path / "out"
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert _run(manifest, model_dir, output) == 0
+    moved = tmp_path / "moved.wav"
+    moved.write_bytes(Path(rows[1]["audio_path"]).read_bytes())
+    rows[1]["audio_path"] = str(moved)
+    manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert _run(manifest, model_dir, output) == 0
+    samples, rate = soundfile.read(moved)
+    soundfile.write(moved, samples[: len(samples) // 2], rate)
+    assert _run(manifest, model_dir, output) == 1
+    assert "1 utterances were done with another recording; u1 was" in capsys.readouterr().err
 
 
 def test_a_subset_is_taken_evenly(tmp_path: Path, corpus: Path, model_dir: Path, never_stopped: Path) -> None:

@@ -24,7 +24,7 @@ from taste.output_lock import OutputBusyError  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
 from taste.recordings import list_recordings  # noqa: E402
 from taste.s3_units import open_extractor, read_recording  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.settings import Settings, describe_device, parse_settings, pick_device  # noqa: E402
 
 DIR = None  # str: folder with wav.scp; utt2speech_token.pt is written into it
 ONNX_PATH = "CosyVoice-tiny/speech_tokenizer_v1.onnx"  # speech tokenizer, of any size
@@ -49,10 +49,12 @@ def run(settings: Settings) -> int:
     if settings.dir is None and settings.output is None:
         raise ValueError("--manifest needs --output FILE")
     output = Path(settings.output or Path(settings.dir) / "utt2speech_token.pt")
+    device = pick_device(settings.device)
+    print(f"on {describe_device(device)}")
     extractor = open_extractor(
         settings.onnx_path,
         backend=settings.backend,
-        device=pick_device(settings.device),
+        device=device,
         batch_size=settings.batch_size,
         num_threads=settings.num_thread,
     )

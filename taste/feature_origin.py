@@ -1,0 +1,65 @@
+"""Refuses features that were made with other models than the model folder of a run: they would mean something else."""
+
+from pathlib import Path
+
+from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
+from taste.data import FeaturePaths
+from taste.provenance import changed_models, digest, file_digest, noted_models
+
+_FILES = {
+    "speech_tokenizer": "speech_tokenizer_v1.onnx",
+    "speaker_model": "campplus.onnx",
+}  # by their notes
+_OF_WHISPER = ("whisper", "mid_layer")
+
+
+def check_origin(paths: FeaturePaths, model_dir: str | Path) -> None:
+    """Hold what stages 1 and 2 noted beside their features against a model folder.
+
+    S3 units of another tokenizer have the same numbers, and text embeddings of another language model the same width,
+    but another meaning: a training on them goes well and learns nonsense.
+
+    Args:
+        paths: the features of a split. Those without a note, as of other scripts, are taken as they are.
+        model_dir: the model folder.
+
+    Raises:
+        ValueError: they were made with other models (all are named, with the commands that make new ones).
+        FileNotFoundError: the folder lacks its language model.
+    """
+    folder = ModelDir(model_dir)
+    noted = (noted_models(paths.units) or {}) | ((noted_models(paths.info) or {}) if paths.info else {})
+    now: dict[str, object] = {
+        name: file_digest(folder.file(file)) for name, file in _FILES.items() if folder.file(file).is_file()
+    }
+    if "text_embedding" in noted:
+        now["text_embedding"] = digest([text_embedding_table(folder)])
+    if changed := changed_models(noted, now):
+        raise ValueError(
+            f"the features {paths.units} and {paths.text} were not made with {model_dir} ({changed}); make them again, "
+            f"to other places or after removing these: python utt2text_and_feature.py --model-dir {model_dir} "
+            f"--jsonl <manifest>, and bash s3.sh --model-dir {model_dir}"
+        )
+
+
+def check_same_hearing(train_paths: FeaturePaths, test_paths: FeaturePaths) -> None:
+    """Refuse Whisper features of two splits that were made in two ways.
+
+    Args:
+        train_paths: one split.
+        test_paths: the other one.
+
+    Raises:
+        ValueError: both have notes, and they differ.
+    """
+    if train_paths.speech is None or train_paths.info is None or test_paths.info is None:
+        return
+    notes = [
+        {name: value for name, value in (noted_models(paths.info) or {}).items() if name in _OF_WHISPER}
+        for paths in (train_paths, test_paths)
+    ]
+    if changed := changed_models(*notes):
+        raise ValueError(
+            f"Whisper features for training and for test were made differently ({changed}: training, test); make "
+            f"{test_paths.speech} again as {train_paths.speech} was made"
+        )
