@@ -29,7 +29,7 @@ class _BadLineError(ValueError):
     """What is wrong with one line."""
 
 
-def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
+def read_manifest(path: str | os.PathLike[str], *, needs_text: bool = True) -> list[Utterance]:
     """Read every line of a manifest.
 
     A relative `audio_path` is tried against the working directory, then against the manifest's folder. The utterance id
@@ -37,6 +37,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
 
     Args:
         path: the .jsonl file.
+        needs_text: False takes lines without `text`, and gives them an empty one.
 
     Returns:
         the utterances in the file's order, at least one.
@@ -62,7 +63,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
         if not line.strip():
             continue
         try:
-            utterance = _read_line(line, line_number, path.parent)
+            utterance = _read_line(line, line_number, path.parent, needs_text)
         except _BadLineError as error:
             problems.append(f"  line {line_number}: {error}: {_shorten(line)}")
             continue
@@ -79,7 +80,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Utterance]:
     return list(utterances.values())
 
 
-def _read_line(line: str, line_number: int, folder: Path) -> Utterance:
+def _read_line(line: str, line_number: int, folder: Path, needs_text: bool) -> Utterance:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -90,12 +91,12 @@ def _read_line(line: str, line_number: int, folder: Path) -> Utterance:
     if not audio_path:
         raise _BadLineError("audio_path is missing or empty")
     text = _text(entry, "text")
-    if text is None:
+    if text is None and needs_text:
         raise _BadLineError("text is missing")
     return Utterance(
         utt_id=_utterance_id(entry, audio_path),
         audio_path=_resolve(Path(audio_path), folder),
-        text=text,
+        text=text or "",
         speaker=_text(entry, "speaker"),
         language=_text(entry, "language"),
         line_number=line_number,

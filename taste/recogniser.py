@@ -333,6 +333,24 @@ class WhisperRecogniser:
             )
         return timed_words(heard.get("chunks", ()))
 
+    def transcript(self, waveform: Tensor, rate_hz: int, language: str | None = None) -> str:
+        """Write down one recording as a text, with capitals and punctuation.
+
+        Args:
+            waveform: [N] float, -1..1.
+            rate_hz: its rate.
+            language: of the speech; None: Whisper finds out.
+
+        Returns:
+            the text; empty where nothing was heard.
+        """
+        samples = resampled(waveform, rate_hz).numpy()
+        if len(samples) < SHORTEST_SECONDS * RECOGNISER_RATE_HZ:
+            return ""
+        options = {"language": language, "task": "transcribe"} if self._languages else {}
+        sound = {"raw": samples, "sampling_rate": RECOGNISER_RATE_HZ}
+        return self._pipeline(sound, generate_kwargs=options)["text"].strip()
+
     def align(self, waveform: Tensor, rate_hz: int, text: str) -> list[Word] | None:
         """Give None: Whisper tells the times of words that it writes itself only.
 

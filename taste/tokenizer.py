@@ -14,6 +14,7 @@ from taste.batch import Batch
 from taste.checkpoint import weights_fingerprint
 from taste.generation import Sampling, generate
 from taste.model import CosyVoiceS3Model
+from taste.recogniser import WhisperRecogniser, whisper_lacks
 from taste.settings import pick_device
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
@@ -69,6 +70,7 @@ class TasteTokenizer:
         model_dir: the model folder it was trained on, for text, speakers and sound.
         split: turns the text tokenizer and a transcript into tokens and words.
         device: where the model is.
+        whisper_dir: a whole Whisper, which writes down what is said where nobody tells; None: `<model_dir>/whisper`.
 
     Raises:
         FileNotFoundError: a file is missing from the folder.
@@ -81,6 +83,7 @@ class TasteTokenizer:
         model_dir: str | Path,
         split: Callable[[Any, str], TextTokens] = tokenize,
         device: torch.device | str = "cpu",
+        whisper_dir: str | Path | None = None,
     ) -> None:
         if reader.model.quantizer is None:
             raise ValueError(f"variant {reader.model.variant!r} has no codes; only a 'taste' model is a tokenizer")
@@ -95,6 +98,8 @@ class TasteTokenizer:
         if self.model.use_speaker:
             self._speaker = SpeakerEncoder(self._folder.file(SPEAKER_MODEL), self.device)
         self._decoder: UnitDecoder | None = None
+        self._whisper_folder = Path(whisper_dir or self._folder.file("whisper"))
+        self._recogniser: WhisperRecogniser | None = None
 
     @classmethod
     def open(
@@ -123,7 +128,7 @@ class TasteTokenizer:
         """
         device = pick_device("auto") if device is None else device
         reader = TrainedReader(checkpoint_path, model_dir, whisper_dir, mid_layer, device)
-        return cls(reader, model_dir, device=device)
+        return cls(reader, model_dir, device=device, whisper_dir=whisper_dir)
 
     @classmethod
     def open_released(
@@ -165,22 +170,27 @@ class TasteTokenizer:
         return sizes(self._folder).sample_rate
 
     @torch.inference_mode()
-    def encode(self, recording: str | Path | Tensor, text: str) -> SpeechCodes:
+    def encode(
+        self, recording: str | Path | Tensor, text: str | None = None, language: str | None = None
+    ) -> SpeechCodes:
         """Write down how a text is spoken.
 
         Args:
             recording: an audio file, or a waveform [N] float32 at 16 kHz; at most 30 s.
-            text: what is said.
+            text: what is said; None or empty: a whole Whisper, where the model folder has one, writes it down first.
+            language: of the speech, as `en`, for that Whisper; None: it finds out.
 
         Returns:
             the words with their codes.
 
         Raises:
-            ValueError: the text is empty, or the recording cannot be read, is empty or too long.
+            ValueError: the recording cannot be read, is empty or too long; or there is no text, and nobody who writes
+                it down, or nothing was heard.
         """
         waveform = recording
         if not isinstance(recording, Tensor):
             waveform = read_audio(recording, SAMPLE_RATE_HZ).waveform
+        text = text or self._write_down(waveform, language)
         tokens = self._split(self._text_tokenizer, text)
         speaker = None if self._speaker is None else self._speaker.embed(waveform)
         batch = self._reader.batch(tokens, waveform=waveform, speaker=speaker)
@@ -195,6 +205,20 @@ class TasteTokenizer:
             model=self.fingerprint,
             doubts=misfits(torch.tensor(tokens.word_ids), attention.shape[1], attention),
         )
+
+    def _write_down(self, waveform: Tensor, language: str | None) -> str:
+        """What is said in a recording [N] at 16 kHz."""
+        if self._recogniser is None:
+            if lacking := whisper_lacks(self._whisper_folder):
+                raise ValueError(
+                    "there is no text, and nobody to write down what is said: that takes a whole Whisper in "
+                    f"{self._whisper_folder} ({lacking}); give the text, or fetch one with setup_cosyvoice.py"
+                )
+            self._recogniser = WhisperRecogniser(self._whisper_folder, str(self.device))
+        text = self._recogniser.transcript(waveform, SAMPLE_RATE_HZ, language)
+        if not text:
+            raise ValueError("there is no text, and Whisper heard nothing in the recording; give the text")
+        return text
 
     def decode(
         self,

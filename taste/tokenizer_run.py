@@ -54,7 +54,8 @@ def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
 def encode_manifest(settings: Settings, device: torch.device, stop_requested: Callable[[], bool]) -> bool:
     """Write the codes of every recording of a manifest, `<run>/codes/<utterance>.json`.
 
-    A file that this model wrote of the same text, after the recording was last changed, is kept.
+    A file that this model wrote of the same text, after the recording was last changed, is kept. Where the manifest has
+    no text, a whole Whisper writes down what is said, if the model folder has one.
 
     Args:
         settings: ENCODE_JSONL and CODES_DIR; and what `open_tokenizer` reads.
@@ -69,7 +70,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
         ValueError: the manifest or the model cannot be used, or no recording could be.
         OSError: a file is missing, or the disk is full.
     """
-    utterances = read_manifest(settings.encode_jsonl)
+    utterances = read_manifest(settings.encode_jsonl, needs_text=False)
     tokenizer = open_tokenizer(settings, device)
     folder = codes_folder(settings)
     failures, words, seconds, kept = [], 0, 0.0, 0
@@ -80,7 +81,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
             words, seconds, kept = words + len(spoken.words), seconds + spoken.seconds, kept + 1
             continue
         try:
-            spoken = tokenizer.encode(utterance.audio_path, utterance.text)
+            spoken = tokenizer.encode(utterance.audio_path, utterance.text, utterance.language)
         except ValueError as error:
             failures.append(Failure(utterance.utt_id, str(utterance.audio_path), str(error)))
             tqdm.write(f"failed: {utterance.utt_id}: {error}")
@@ -177,7 +178,7 @@ def _written_before(path: Path, utterance: Utterance, tokenizer: TasteTokenizer)
         tokenizer.check_mine(spoken)
     except (OSError, ValueError):
         return None
-    return spoken if spoken.text == utterance.text else None
+    return spoken if utterance.text in ("", spoken.text) else None
 
 
 def codes_folder(settings: Settings) -> Path:

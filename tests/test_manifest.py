@@ -62,6 +62,12 @@ def test_every_malformed_line_is_reported_with_its_number_and_text(tmp_path: Pat
     assert good in message and '{"audio_path": "other/a.wav", "text": "same id"}' in message
 
 
+def test_a_line_without_a_text_is_taken_where_none_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"audio_path": "a.wav"}\n{"audio_path": "b.wav", "text": "said"}\n', encoding="utf-8")
+    assert [item.text for item in read_manifest(path, needs_text=False)] == ["", "said"]
+
+
 def test_unusual_line_breaks_and_a_byte_order_mark_are_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     line = '{"audio_path": "%s.wav", "text": "one\u2028two"}\r\n'

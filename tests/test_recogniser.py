@@ -23,67 +23,10 @@ from taste.recogniser import (
     whisper_lacks,
 )
 from taste.settings import parse_settings
-from tests.small_whisper import write_small_whisper
+from tests.small_whisper import write_small_whisper, write_writing_whisper
 
 ROOT = Path(__file__).parents[1]
 RATE_HZ = 22_050
-SPECIAL = ["endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps"]
-
-
-def write_writing_whisper(folder: Path) -> Path:
-    """A Whisper of two layers with random weights, a tokenizer of bytes, and all that writing with times needs."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-        WhisperTokenizer,
-    )
-
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = WhisperTokenizer(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
-    tokenizer.add_special_tokens({"extra_special_tokens": [f"<|{name}|>" for name in SPECIAL]})
-    tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(1501)])
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
-    end = ids["endoftext"]
-    config = WhisperConfig(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_mel_bins=80,
-        max_target_positions=64,
-        pad_token_id=end,
-        bos_token_id=end,
-        eos_token_id=end,
-        decoder_start_token_id=ids["startoftranscript"],
-    )
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config)
-    settings = dict(
-        _from_model_config=False,
-        lang_to_id={"<|en|>": ids["en"]},
-        task_to_id={"transcribe": ids["transcribe"]},
-        is_multilingual=True,
-        no_timestamps_token_id=ids["notimestamps"],
-        prev_sot_token_id=ids["startofprev"],
-        alignment_heads=[[1, 0], [1, 1]],
-        return_timestamps=False,
-        max_length=30,
-        max_initial_timestamp_index=50,
-        begin_suppress_tokens=None,
-        suppress_tokens=[end, *(n for n, letter in enumerate(alphabet) if letter not in "abcdefgh")],  # letters only
-    )
-    for name, value in settings.items():
-        setattr(model.generation_config, name, value)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    return folder
 
 
 def publish_tokenizer(folder: Path) -> None:
@@ -250,6 +193,17 @@ def test_each_character_has_its_own_time_where_a_language_writes_no_blanks(tmp_p
     for word, (_, start, end) in zip(heard, expected, strict=True):
         assert (word.start_s, word.end_s) == pytest.approx((start, end), abs=0.011)
     assert tokenizer.language is None  # as it was
+
+
+@pytest.mark.parametrize("language", ["en", None])
+def test_a_transcript_keeps_capitals_and_punctuation(tmp_path, language):
+    recogniser = WhisperRecogniser(write_writing_whisper(tmp_path / "whisper"))
+    assert isinstance(recogniser.transcript(torch.ones(RATE_HZ), RATE_HZ, language), str)  # random weights: any text
+    assert recogniser.transcript(torch.ones(10), RATE_HZ, language) == ""
+    asked = []
+    recogniser._pipeline = lambda sound, generate_kwargs: asked.append(generate_kwargs) or {"text": " So long. "}
+    assert recogniser.transcript(torch.ones(RATE_HZ), RATE_HZ, language) == "So long."
+    assert asked == [{"language": language, "task": "transcribe"}]
 
 
 def test_pieces_of_a_word_are_put_together_and_words_of_a_piece_share_its_time():

@@ -12,12 +12,13 @@ from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.code_files import read_codes, write_codes
 from taste.fitted_taste import start_quantizer
 from taste.generation import Sampling, generate
+from taste.recogniser import WhisperRecogniser
 from taste.text import tokenize
 from taste.tokenizer import OtherModelError, SpeechCodes, TasteTokenizer
 from taste.whisper_encoder import WhisperEncoder
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import TASTE_SIZES, random_examples
-from tests.small_whisper import WIDTH, write_small_whisper
+from tests.small_whisper import WIDTH, write_small_whisper, write_writing_whisper
 from tests.sounds import voice_like
 
 TEXT = "Extraordinarily unquiet, the river ran"
@@ -242,3 +243,16 @@ def test_the_default_sizes_are_the_papers():
     sizes = TasteSizes()
     assert (sizes.codebooks, sizes.codebook_size, sizes.codebook_width) == (4, 512, 256)
     assert (sizes.aggregator_layers, sizes.aggregator_heads, sizes.audio_blocks, sizes.audio_heads) == (2, 20, 2, 8)
+
+
+def test_a_recording_without_a_text_is_written_down_by_whisper(work, tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="there is no text, and nobody to write down what is said"):
+        tokenizer.encode(work.wav)
+    writing = WhisperRecogniser(write_writing_whisper(tmp_path / "whisper"))
+    monkeypatch.setattr(tokenizer, "_recogniser", writing)
+    monkeypatch.setattr(writing, "transcript", lambda *_: TEXT)  # its weights are random
+    found = tokenizer.encode(work.wav)
+    assert found.text == TEXT and found.words == WORDS
+    monkeypatch.setattr(writing, "transcript", lambda *_: "")
+    with pytest.raises(ValueError, match="Whisper heard nothing"):
+        tokenizer.encode(work.wav)
