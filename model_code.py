@@ -31,7 +31,7 @@ from taste.extraction import SOME_FAILED_EXIT_CODE
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputBusyError
-from taste.settings import Settings, parse_settings, pick_device
+from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.shown import sampling_of
 from taste.tokenizer_run import decode_folder, encode_manifest
 from taste.training import NonFiniteLossError, RunStopped
@@ -161,6 +161,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         OutputBusyError: another process works on this run.
     """
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     device = pick_device(settings.device)
     if device.index is not None:
@@ -173,9 +174,12 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         return 0
     if settings.mode != "train":
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    # precision and accumulation are the training loop's, whatever a launcher's configuration says
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=once)
     if accelerator.is_main_process:
         print(f"settings of {run_folder_of(settings)}:\n{settings.describe()}\n")
+        print(f"on {describe_device(accelerator.device)}")
     loss_curve = Path(settings.loss_curve_path or Path(__file__).with_name("loss_curve.png"))
     if settings.variant == "all":
         compare_variants(settings, accelerator, loss_curve, stop_requested)

@@ -1,7 +1,9 @@
 """Fits a variant's new parts to its training set, so that training starts beside the pretrained model."""
 
 import math
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from taste.fitted_attention import Agreement, agreement, best_sharpness, find_sp
 from taste.fitted_taste import fit_listening, quiet_branch, start_quantizer
 from taste.linear_fits import ridge, whitening
 from taste.model import PARTS, CosyVoiceS3Model
+from taste.threads import torch_threads_kept
 
 # T text tokens   A Whisper frames, 50 Hz   D channels of the LM   E of the text embeddings   N tokens of all utterances
 
@@ -22,7 +25,21 @@ SHARPEN_STEPS = 60  # of query and key
 SPEECH_GAIN = 0.1  # what speech is multiplied with beside the text at first: a hint that training can make louder
 
 
+@contextmanager
+def _share_of_the_cores() -> Iterator[None]:
+    """Compute with as many threads as this process may have cores.
+
+    A launcher of several processes gives each one thread (OMP_NUM_THREADS=1): right beside a GPU, slow on the CPU.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, as a launcher notes it
+    with torch_threads_kept():
+        if processes > 1:
+            torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // processes))
+        yield
+
+
 @torch.no_grad()
+@_share_of_the_cores()
 def fit_new_parts(
     model: CosyVoiceS3Model, dataset: UtteranceDataset, parts: Collection[str] | None = None
 ) -> dict[str, Any]:

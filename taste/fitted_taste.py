@@ -121,7 +121,8 @@ def start_quantizer(model: CosyVoiceS3Model, examples: Iterable[Example]) -> lis
             parameter.zero_()
             parameter[tuple(map(slice, value.shape))] = value
     everyone = torch.ones(samples.shape[:2], dtype=torch.bool)
-    with torch.random.fork_rng(devices=[]):
+    # every process of a run has the same words, and comes to the same codes
+    with quantizer.without_exchange(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(KMEANS_SEED)
         quantizer.train()(samples, everyone)
     codes = quantizer.eval()(samples, everyone).codes[0]

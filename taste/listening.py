@@ -10,10 +10,12 @@ from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
 from taste.data import FRAMES_PER_SECOND, UtteranceDataset
+from taste.followed import followed
 from taste.model import CosyVoiceS3Model
 from taste.provenance import noted_models
-from taste.scoring import evaluate
+from taste.scoring import evaluate, sum_over_processes
 from taste.settings import Settings
+from taste.training import RunStopped
 from taste.words import word_spans
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def listen(
     test_set: UtteranceDataset,
     accelerator: "Accelerator",
     say: Callable[[str], None],
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measure a model that hears recordings.
 
@@ -35,24 +38,39 @@ def listen(
         test_set: utterances to measure on.
         accelerator: device and processes; each calls this.
         say: takes what a person should know.
+        stop_requested: asked before each batch of the controls.
 
     Returns:
         results for metrics.json: `controls` (scores with another utterance's recording, with silence), and of a
-        quantizer `codes`; nothing for a model that hears nothing.
+        quantizer, in the main process, `codes`; nothing for a model that hears nothing.
+
+    Raises:
+        RunStopped: any process was asked to stop.
     """
+
+    def leave_if_asked() -> None:
+        (asked,) = sum_over_processes(accelerator, [float(stop_requested())])
+        if asked:
+            raise RunStopped("stopped before the controls were scored; what was trained is saved")
+
     model.eval()
     results: dict[str, Any] = {}
     if model.aggregator is not None and settings.negative_controls:
         results["controls"] = controls_of(
             test_set,
             lambda dataset: evaluate(
-                model, dataset, settings.batch_size, accelerator, num_workers=settings.num_workers
+                model,
+                dataset,
+                settings.batch_size,
+                accelerator,
+                num_workers=settings.num_workers,
+                before_batch=leave_if_asked,
             ).averages(),
             settings.whisper_dir or str(Path(settings.cosyvoice_model_dir) / "whisper"),
             settings.mid_layer,
             noted_models(settings.test_utt2info_path) or noted_models(settings.train_utt2info_path),
         )
-    if model.quantizer is not None:
+    if model.quantizer is not None and accelerator.is_main_process:
         codes = codes_of(model, test_set, accelerator.device)
         seconds = sum(
             test_set.duration_seconds(utt_id) or len(test_set.features.units[utt_id]) / FRAMES_PER_SECOND
@@ -77,7 +95,8 @@ def codes_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: torch.d
         of each utterance [W, L], on the CPU.
     """
     codes = []
-    for index in range(len(dataset)):  # one by one: rounding in a larger batch could tip a word over to the next code
+    # one by one: rounding in a larger batch could tip a word over to the next code
+    for index in followed(range(len(dataset)), "codes", "utterances"):
         example = dataset[index]
         firsts = [start for start, _ in word_spans(example.word_ids)]
         codes.append(model.encode(collate([example]).to(device))[0, firsts].cpu())

@@ -1,5 +1,7 @@
 """Turns the vector of each word into a few integers and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -91,6 +93,8 @@ class WordQuantizer(nn.Module):
             threshold_ema_dead_code=DEAD_SIZE if revive_dead_codes else 0,
             rotation_trick=False,  # the library's newer default; the published model passes gradients straight through
         )
+        self._started = False  # True once `is_started` has found it so
+        self.register_load_state_dict_post_hook(_look_again)
 
     def forward(self, vectors: Tensor, valid: Tensor, word_starts: Tensor | None = None) -> Quantized:
         """Round vectors to the codebooks.
@@ -155,7 +159,33 @@ class WordQuantizer(nn.Module):
     @property
     def is_started(self) -> bool:
         """Whether every level has codes: from k-means, a checkpoint, or at random."""
-        return all(bool(level._codebook.initted) for level in self.rvq.layers)
+        if not self._started:  # remembered, because a GPU is waited for to read it
+            self._started = all(bool(level._codebook.initted) for level in self.rvq.layers)
+        return self._started
+
+    @contextmanager
+    def without_exchange(self) -> Iterator[None]:
+        """Let the codebooks learn in this process alone, for vectors that every process has.
+
+        In training the library adds up what the processes of a run see, by a backend that may know nothing of tensors
+        on the CPU (NCCL).
+
+        Yields:
+            nothing.
+        """
+        from vector_quantize_pytorch.vector_quantize_pytorch import batched_sample_vectors, noop
+
+        alone = {"sample_fn": batched_sample_vectors, "replace_sample_fn": batched_sample_vectors}
+        alone |= {"kmeans_all_reduce_fn": noop, "all_reduce_fn": noop}
+        codebooks = [level._codebook for level in self.rvq.layers]
+        earlier = [{name: getattr(codebook, name) for name in alone} for codebook in codebooks]
+        try:
+            for codebook in codebooks:
+                vars(codebook).update(alone)
+            yield
+        finally:
+            for codebook, functions in zip(codebooks, earlier, strict=True):
+                vars(codebook).update(functions)
 
     def _prepare(self) -> None:
         """Keep the library from starting codebooks in eval mode, and from dropping levels before all have started."""
@@ -171,3 +201,8 @@ class WordQuantizer(nn.Module):
         losses = vectors.new_zeros(self.levels)
         codes = torch.full((*vectors.shape[:2], self.levels), NO_CODE, device=vectors.device)
         return Quantized(torch.zeros_like(vectors), codes, losses.sum(), losses)
+
+
+def _look_again(quantizer: WordQuantizer, incompatible_keys: object) -> None:
+    """Called after `load_state_dict`: the codebooks may be others."""
+    quantizer._started = False

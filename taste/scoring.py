@@ -1,6 +1,7 @@
 """Teacher-forced scores of a whole data set."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,11 @@ from torch.utils.data import DataLoader
 from taste.batch import Batch, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
+from taste.followed import followed
+from taste.interrupt import obey_parent_alone, signals_held_back
 from taste.model import CosyVoiceS3Model, Scores
+
+BATCHES_AHEAD = 2  # at least, by each process that loads features
 
 
 @dataclass
@@ -77,7 +82,8 @@ def evaluate(
     own_batches = batches[accelerator.process_index :: accelerator.num_processes]
     loader = iter(feature_loader(dataset, own_batches, num_workers))
     totals = Totals()
-    for first in range(0, len(batches), accelerator.num_processes):
+    rounds = range(0, len(batches), accelerator.num_processes)
+    for first in followed(rounds, "evaluating", "batches", active=accelerator.is_main_process):
         before_batch()
         if first + accelerator.process_index < len(batches):
             with torch.inference_mode(), precision_of(accelerator.device):
@@ -86,7 +92,9 @@ def evaluate(
 
 
 def precision_of(device: torch.device) -> torch.autocast:
-    """The arithmetic of a device: bfloat16 where CUDA gains by it, float32 elsewhere.
+    """The arithmetic of a device: bfloat16 where a GPU has units for it, float32 elsewhere.
+
+    GPUs before compute capability 8.0 only emulate bfloat16: slower than float32, in more memory.
 
     Args:
         device: where the model is.
@@ -94,11 +102,12 @@ def precision_of(device: torch.device) -> torch.autocast:
     Returns:
         a context for forward passes.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    gains = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=gains)
 
 
 def feature_loader(
-    dataset: UtteranceDataset, batches: Sequence[Sequence[int]], num_workers: int = 0
+    dataset: UtteranceDataset, batches: Sequence[Sequence[int]], num_workers: int = 0, together: int = 1
 ) -> DataLoader[Batch]:
     """Load batches in a given order.
 
@@ -106,18 +115,27 @@ def feature_loader(
         dataset: the utterances.
         batches: utterance numbers of each.
         num_workers: processes that load features; 0 loads in this one.
+        together: batches that are asked for at a time; so many are loaded ahead.
 
     Returns:
         the loader; it leaves torch's global random generator alone.
     """
-    return DataLoader(
+    return _FeatureLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        prefetch_factor=max(BATCHES_AHEAD, math.ceil(together / num_workers) + 1) if num_workers else None,
+        worker_init_fn=obey_parent_alone,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
+
+
+class _FeatureLoader(DataLoader[Batch]):
+    def __iter__(self) -> Iterator[Batch]:
+        with signals_held_back():  # they would end a worker that does not obey its parent alone yet
+            return super().__iter__()
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan
+from taste.followed import followed
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress import Progress, StepRecord
 from taste.provenance import changed_models
@@ -85,6 +85,7 @@ class Trainer:
         notes: what each checkpoint shall say about the run (settings, commit), as JSON knows values.
         stop_requested: asked before every batch; where it says True, the trainer saves and raises `RunStopped`.
         on_epoch: called in the main process with the history before training and after each epoch.
+        on_minute: called in the main process with the history, once a minute within an epoch.
 
     Raises:
         ValueError: the model has nothing to learn, or there are more processes than batches.
@@ -101,10 +102,11 @@ class Trainer:
         notes: dict[str, Any],
         stop_requested: Callable[[], bool] = lambda: False,
         on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+        on_minute: Callable[[list[dict[str, Any]]], None] = lambda history: None,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.train_set, self.test_set = train_set, test_set
-        self.stop_requested, self.on_epoch = stop_requested, on_epoch
+        self.stop_requested, self.on_epoch, self.on_minute = stop_requested, on_epoch, on_minute
         self.last_path = run_folder / "checkpoints" / "last.pt"
         self.best_path = run_folder / "checkpoints" / "best.pt"
         self.record = StepRecord(run_folder / "metrics.jsonl")
@@ -155,7 +157,8 @@ class Trainer:
         if changed:
             raise ValueError(
                 f"the run cannot go on, because something has changed: {'; '.join(changed)}. "
-                "Put it back, or start anew with --resume never"
+                f"Put it back; or keep this run, and begin another with its weights: --init-from {self.last_path} "
+                "--run-name <another>; or start anew over it: --resume never"
             )
         self.model.load_learned_state(checkpoint.weights)
         self.notes = now
@@ -185,27 +188,26 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """The steps of the epoch in work that are not done yet."""
-        progress, accelerator = self.progress, self.accelerator
+        progress, config, accelerator = self.progress, self.config, self.accelerator
         todo = [
             step[accelerator.process_index :: accelerator.num_processes]
             for step in self._steps_of(progress.epoch)[progress.step_in_epoch :]
         ]
-        loader = iter(
-            feature_loader(self.train_set, [batch for step in todo for batch in step], self.config.num_workers)
-        )
-        bar = tqdm(
+        batches = [batch for step in todo for batch in step]
+        loader = iter(feature_loader(self.train_set, batches, config.num_workers, config.accumulation_steps))
+        steps = followed(
             todo,
-            desc=f"epoch {progress.epoch + 1}/{self.config.num_epochs}",
-            total=self.steps_per_epoch,
-            initial=progress.step_in_epoch,
-            leave=False,
-            disable=None if accelerator.is_main_process else True,  # None: where nobody watches
+            f"epoch {progress.epoch + 1}/{config.num_epochs}",
+            "steps",
+            done=progress.step_in_epoch,
+            active=accelerator.is_main_process,
+            note=lambda: f"loss {totals.averages()['loss']:.3f}",
+            on_line=lambda: self.on_minute(progress.history),
         )
-        for own_batches in bar:
+        for own_batches in steps:
             self._stop_if_asked()
             totals = self._train_step([next(loader) for _ in own_batches])
-            bar.set_postfix(loss=f"{totals.averages()['loss']:.3f}")
-            if self.config.checkpoint_every and progress.step % self.config.checkpoint_every == 0:
+            if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 self._save_last()
 
     def _train_step(self, batches: list[Batch]) -> Totals:
@@ -216,12 +218,12 @@ class Trainer:
         share = share_of_peak(progress.step, config.num_epochs * self.steps_per_epoch, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
+        utt_ids = [utt_id for batch in batches for utt_id in batch.utt_ids]
         own_totals, spoiled = self._add_up_gradients(batches)
         totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
         gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
         if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
-            utt_ids = spoiled or [utt_id for batch in batches for utt_id in batch.utt_ids]
-            raise _not_finite(progress.step + 1, totals, gradient_norm, utt_ids)
+            raise _not_finite(progress.step + 1, totals, gradient_norm, spoiled or utt_ids)
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step += 1
@@ -235,26 +237,30 @@ class Trainer:
     def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:
         """The gradient of the loss of a target, and of a word, over this step's targets and words in all processes.
 
+        Args:
+            batches: of this process; each is taken out of the list, so that its memory is free once it is done.
+
         Returns:
             the sums over this process's batches, and the utterances whose loss is no number.
         """
         accelerator, totals, spoiled = self.accelerator, Totals(), []
-        done: list[tuple[Batch, Scores]] = []  # read when all are done: a GPU is waited for once a step
+        # read when all are done: a GPU need not be waited for after each (but for a quantizer, whose library does)
+        done: list[tuple[tuple[str, ...], Scores]] = []
         counts = [sum(batch.target_count for batch in batches), sum(batch.word_count for batch in batches)]
         all_targets, all_words = sum_over_processes(accelerator, counts)
-        for number, batch in enumerate(batches):
-            last_one = number == len(batches) - 1
+        while batches:
+            batch = batches.pop(0)
             # the processes exchange gradients once a step, while the last batch runs backwards
-            with nullcontext() if last_one else accelerator.no_sync(self.wrapped_model):
+            with accelerator.no_sync(self.wrapped_model) if batches else nullcontext():
                 with precision_of(accelerator.device):
                     scores = self.wrapped_model(batch.to(accelerator.device))
                 loss = scores.loss_sums.sum() / all_targets + scores.commitment_sums.sum() / max(1, all_words)
                 # the exchange averages over processes, the loss is a sum over them: undo the division
                 accelerator.backward(loss * accelerator.num_processes)
-            done.append((batch, Scores(*(values.detach() for values in scores))))
-        for batch, scores in done:
+            done.append((batch.utt_ids, Scores(*(values.detach() for values in scores))))
+        for utt_ids, scores in done:
             totals += Totals.of(scores)
-            losses = zip(batch.utt_ids, scores.loss_sums.tolist(), strict=True)
+            losses = zip(utt_ids, scores.loss_sums.tolist(), strict=True)
             spoiled += [utt_id for utt_id, loss in losses if not math.isfinite(loss)]
         return totals, spoiled
 

@@ -14,6 +14,7 @@ from cosyvoice.utils.model_dir import ModelSizes, sizes
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import Checkpoint, check_same_folder, code_commit, load_checkpoint, save_checkpoint, write_json
 from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
+from taste.feature_origin import check_origin, check_same_hearing
 from taste.fitted_start import fit_new_parts
 from taste.listening import listen
 from taste.model import PARTS, CosyVoiceS3Model
@@ -67,15 +68,18 @@ def run_variant(
     say = print if accelerator.is_main_process else _say_nothing
     run_folder = run_folder_of(settings)
     model_sizes = sizes(settings.cosyvoice_model_dir)
-    train_set, test_set = open_data(settings, model_sizes, say)
-    use_speaker = settings.use_speaker and train_set.has_speakers and test_set.has_speakers
+    evaluated = None if settings.num_epochs else find_checkpoint(settings, run_folder)
+    if evaluated:
+        settings = as_trained(settings, evaluated, say)
+    train_set, test_set = open_data(settings, model_sizes, say, only_test=evaluated is not None)
+    use_speaker = settings.use_speaker and test_set.has_speakers and (train_set is None or train_set.has_speakers)
     if settings.use_speaker and not use_speaker:
         say("no utterance info: the speaker's position is left out (as with --no-use-speaker)")
     torch.manual_seed(settings.seed)
     model = build_model(
         settings.cosyvoice_model_dir,
         settings.variant,
-        speech_width=train_set.speech_width,
+        speech_width=test_set.speech_width,
         freeze_llm=settings.freeze_llm,
         use_speaker=use_speaker,
         lora_rank=settings.lora_rank,
@@ -100,12 +104,14 @@ def run_variant(
                 stop_requested,
             )
         else:
-            say(f"evaluating {checkpoint or settings.init_from or 'the model folder as it is'}")
+            untrained = f"the model folder as it is: {run_folder} has no checkpoint"
+            say(f"evaluating {checkpoint or settings.init_from or untrained}")
             results = evaluate_only(settings, model, (train_set, test_set), accelerator, checkpoint)
-        results |= listen(settings, model, test_set, accelerator, say)
+        results |= listen(settings, model, test_set, accelerator, say, stop_requested)
         if accelerator.is_main_process:
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
-            settings.save(run_folder / "settings.json")
+            if settings.num_epochs or not (run_folder / "settings.json").is_file():  # of the training, where one was
+                settings.save(run_folder / "settings.json")
             write_json(run_folder / "metrics.json", results)
             write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
             print(summary(results, run_folder))
@@ -124,34 +130,74 @@ def run_folder_of(settings: Settings) -> Path:
     return Path(settings.exp_dir) / (settings.run_name or settings.variant)
 
 
-def open_data(
-    settings: Settings, model_sizes: ModelSizes, say: Callable[[str], None]
-) -> tuple[UtteranceDataset, UtteranceDataset]:
-    """Open the training set and the test set, or split one off.
+def as_trained(settings: Settings, checkpoint_path: Path, say: Callable[[str], None]) -> Settings:
+    """Take from a checkpoint that is only evaluated what decides its parts and their sizes.
 
     Args:
-        settings: paths, variant.
-        model_sizes: what the features must fit.
+        settings: of this run.
+        checkpoint_path: what is evaluated.
         say: takes what a person should know.
 
     Returns:
-        training set and test set.
+        the settings, with those of the training where they decide which weights there are.
+
+    Raises:
+        ValueError: the checkpoint is of another variant.
+    """
+    notes = load_checkpoint(checkpoint_path).notes
+    then = notes["settings"] | {"use_speaker": notes["use_speaker"]}
+    if then["variant"] != settings.variant:
+        raise ValueError(
+            f"{checkpoint_path} is of variant {then['variant']!r}, VARIANT is {settings.variant!r}; "
+            f"give --variant {then['variant']}"
+        )
+    now = settings.to_dict()
+    names = ("freeze_llm", "lora_rank", "use_speaker", *(field.name for field in fields(TasteSizes)))
+    changes = {name: then[name] for name in names if name in then and then[name] != now[name]}
+    if changes:
+        say("as it was trained: " + ", ".join(f"{name.upper()} = {value!r}" for name, value in changes.items()))
+    return settings.replaced(**changes)
+
+
+def open_data(
+    settings: Settings, model_sizes: ModelSizes, say: Callable[[str], None], *, only_test: bool = False
+) -> tuple[UtteranceDataset | None, UtteranceDataset]:
+    """Open the training set and the test set, or split one off.
+
+    Args:
+        settings: paths, variant, model folder.
+        model_sizes: what the features must fit.
+        say: takes what a person should know.
+        only_test: nothing is learned: the training set is opened only where the test set is split off it.
+
+    Returns:
+        training set and test set; None for the former where it was not opened.
 
     Raises:
         FileNotFoundError: a feature file is missing.
         ValueError: nothing usable, features of another model, or without the words that the variant needs.
     """
-    train_paths, test_paths = _feature_paths(settings, "train"), _feature_paths(settings, "test")
-    train_set = open_dataset(train_paths, model_sizes)
-    say(train_set.selection.describe("training set"))
+    train_paths, test_paths = feature_paths(settings, "train"), feature_paths(settings, "test")
+    train_set = None
+    if not (only_test and has_test_set(settings)):
+        check_origin(train_paths, settings.cosyvoice_model_dir)
+        train_set = open_dataset(train_paths, model_sizes)
+        say(train_set.selection.describe("training set"))
     if has_test_set(settings):
+        check_origin(test_paths, settings.cosyvoice_model_dir)
+        if train_set is not None:
+            check_same_hearing(train_paths, test_paths)
         test_set = open_dataset(test_paths, model_sizes)
         say(test_set.selection.describe("test set"))
+        if train_set is not None and (warning := overlap(train_set, test_set)):
+            say(warning)
     else:
         train_set, test_set, what_was_done = hold_out(train_set, HELD_OUT_SEED)
         say(what_was_done)
     if "fusion" in PARTS.get(settings.variant, ()):
         for dataset, path in ((train_set, settings.train_utt2info_path), (test_set, settings.test_utt2info_path)):
+            if dataset is None:
+                continue
             if not dataset.has_words:
                 raise ValueError(
                     f"variant {settings.variant!r} averages over words, and not every utterance has text_token and "
@@ -160,6 +206,30 @@ def open_data(
                 )
             warn_of_misfits(dataset, say)
     return train_set, test_set
+
+
+def overlap(train_set: UtteranceDataset, test_set: UtteranceDataset) -> str | None:
+    """Say where utterances of the test set are learned from.
+
+    Args:
+        train_set: utterances to learn from.
+        test_set: utterances to score.
+
+    Returns:
+        a warning, where they share a recording, or an id where nobody noted the recordings; None where they do not.
+    """
+    learned = {_recording(train_set, utt_id) for utt_id in train_set.utt_ids}
+    shared = [utt_id for utt_id in test_set.utt_ids if _recording(test_set, utt_id) in learned]
+    if not shared:
+        return None
+    return (
+        f"warning: {len(shared)} of {len(test_set)} test utterances are in the training set too, {shared[0]} first: "
+        "their scores say nothing of others"
+    )
+
+
+def _recording(dataset: UtteranceDataset, utt_id: str) -> str:
+    return str(dataset.info(utt_id).get("audio_path") or utt_id)
 
 
 def has_test_set(settings: Settings) -> bool:
@@ -171,7 +241,7 @@ def has_test_set(settings: Settings) -> bool:
     Returns:
         True where units or text embeddings are there.
     """
-    paths = _feature_paths(settings, "test")
+    paths = feature_paths(settings, "test")
     return features_exist(paths.units) or features_exist(paths.text)
 
 
@@ -315,7 +385,8 @@ def train(
         if board:
             board.update(history)
 
-    trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch)
+    on_minute = board.update if board else lambda history: None
+    trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch, on_minute)
     if checkpoint:
         check_same_settings(settings, checkpoint.notes["settings"], checkpoint_path)
         trainer.resume(checkpoint)
@@ -337,8 +408,8 @@ def train(
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the device is out of memory ({error}). Halve BATCH_SIZE and double ACCUMULATION_STEPS: that is another "
-            "training, so add another --run-name, or --resume never to begin anew. Or let the new parts alone learn: "
-            "--freeze-llm true"
+            f"training, so add another --run-name, with --init-from {trainer.last_path} where that was saved, to begin "
+            "with its weights. Or let the new parts alone learn: --freeze-llm true"
         ) from error
     finally:
         accelerator.free_memory()  # it would keep the model and the optimizer for as long as the process lives
@@ -386,7 +457,7 @@ def take_best(checkpoint: Checkpoint, checkpoint_path: Path, best_path: Path, ac
 def evaluate_only(
     settings: Settings,
     model: CosyVoiceS3Model,
-    sets: tuple[UtteranceDataset, UtteranceDataset],
+    sets: tuple[UtteranceDataset | None, UtteranceDataset],
     accelerator: "Accelerator",
     checkpoint_path: Path | None,
 ) -> dict[str, Any]:
@@ -395,7 +466,7 @@ def evaluate_only(
     Args:
         settings: the batch size, and where features are.
         model: it gets the checkpoint's weights.
-        sets: utterances to learn from, which are not looked at, and utterances to score.
+        sets: utterances to learn from, if opened, which are not looked at, and utterances to score.
         accelerator: device and processes.
         checkpoint_path: weights; None scores the model as it is.
 
@@ -416,19 +487,20 @@ def evaluate_only(
         results |= {
             "best_epoch": progress["best_epoch"],
             "history": whole_history(checkpoint_path, progress["history"]),
+            **{name: checkpoint.notes.get(name) for name in ORIGIN},
         }
     model.to(accelerator.device)
     scores = evaluate(model, sets[1], settings.batch_size, accelerator, num_workers=settings.num_workers)
     return results | {"test": scores.averages()}
 
 
-def check_fair(settings: Settings, checkpoint: Checkpoint, train_set: UtteranceDataset) -> None:
+def check_fair(settings: Settings, checkpoint: Checkpoint, train_set: UtteranceDataset | None) -> None:
     """Refuse to score a checkpoint on features of other models, or on utterances that it has learned from.
 
     Args:
         settings: where the features are.
         checkpoint: whose weights are scored.
-        train_set: what is left where no test set is there and a part was held out.
+        train_set: what is left where no test set is there and a part was held out; else not looked at.
 
     Raises:
         ValueError: the scores would mean nothing.
@@ -499,7 +571,16 @@ def _sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]
             lock.release()
 
 
-def _feature_paths(settings: Settings, split: str) -> FeaturePaths:
+def feature_paths(settings: Settings, split: str) -> FeaturePaths:
+    """Where the features of a split are.
+
+    Args:
+        settings: the paths; of text_only, those of Whisper features are not needed.
+        split: train or test.
+
+    Returns:
+        the paths.
+    """
     values = {name: Path(path) for name, path in settings.to_dict().items() if name.startswith(f"{split}_utt2")}
     info = values[f"{split}_utt2info_path"]
     return FeaturePaths(

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 import torch
 
+from taste import fitted_start
 from taste.batch import collate
 from taste.data import UtteranceDataset, open_dataset
 from taste.fitted_start import SPEECH_GAIN, fit_new_parts
@@ -47,6 +50,29 @@ def test_the_projection_says_what_the_pretrained_text_encoder_says(dataset):
 
     assert distance(fitted) < 0.2 * distance(random_start)
     assert 0.5 < notes["text_explained"] <= 1
+
+
+@pytest.mark.parametrize(("processes", "threads"), [("2", 3), ("1", 1), (None, 1), ("16", 1)])
+def test_processes_of_a_launcher_share_the_cores_while_they_fit(dataset, monkeypatch, processes, threads):
+    seen = []
+    fit_text_path = fitted_start._fit_text_path
+
+    def noted(*args):
+        seen.append(torch.get_num_threads())
+        return fit_text_path(*args)
+
+    monkeypatch.setattr(fitted_start, "_fit_text_path", noted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1 does
+    try:
+        fit_new_parts(small_model(), dataset)
+        assert seen == [threads] and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tokens_look_where_they_are_spoken(dataset):

@@ -68,6 +68,24 @@ def test_the_quantizer_begins_close_to_the_words_it_was_started_with(dataset, fi
     assert len(notes["code_usage"]) == TASTE_SIZES.codebooks and notes["code_usage"][0] == 1.0
 
 
+def test_every_process_of_a_run_starts_the_codebooks_by_itself(dataset, fitted, monkeypatch):
+    def no_backend(*args, **kwargs):
+        raise RuntimeError("No backend type associated with device type cpu")  # NCCL alone
+
+    for name in ("all_reduce", "all_gather", "broadcast", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, no_backend)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr("vector_quantize_pytorch.vector_quantize_pytorch.is_distributed", lambda: True)
+    model = small_model("taste", started=False)
+    assert fit_new_parts(model, dataset) == fitted[1]
+    for name, value in fitted[0].quantizer.state_dict().items():
+        assert torch.equal(model.quantizer.state_dict()[name], value), name
+    with pytest.raises(RuntimeError, match="No backend"):  # in training they exchange again
+        model.quantizer.train()(torch.randn(1, 9, model.aggregator.speech_width), torch.ones(1, 9, dtype=torch.bool))
+
+
 def test_nothing_is_drawn_and_the_pretrained_parts_are_left_alone(dataset, fitted):
     model, notes = fitted
     again, before = small_model("taste", started=False), small_model("taste", started=False)

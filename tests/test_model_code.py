@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 import model_code
 from taste.audio import write_wav
@@ -20,6 +21,7 @@ from taste.checkpoint import load_checkpoint
 from taste.data import UtteranceDataset, open_dataset
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputLock
+from taste.provenance import file_digest
 from taste.training import RunStopped
 from taste.variant_run import run_variant, warn_of_misfits, whole_history
 from tests.small_model_folder import write_small_model_folder
@@ -184,6 +186,31 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
 
 
+def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys):
+    options = {"variant": "all", "num_epochs": 1, "negative_controls": False}
+    finished = "finished before, in "
+
+    def again() -> int:
+        capsys.readouterr()
+        assert work.run(**options) == 0
+        return capsys.readouterr().out.count(finished)
+
+    assert again() == 0
+    table = (work.folder / "exp" / "all" / "table.md").read_text()
+    assert again() == 4
+    assert (work.folder / "exp" / "all" / "table.md").read_text() == table
+    (work.folder / "exp" / "all" / "taste_novq" / "metrics.json").unlink()  # stopped before its end
+    assert again() == 3
+    work.test.speech.touch()
+    assert again() == 1  # text_only does not read it
+    options["top_k"] = 5
+    assert again() == 0
+    metrics = work.folder / "exp" / "all" / "simple" / "metrics.json"
+    content = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps(content | {"sounds": {"skipped": {"word_error": "needs pocketsphinx"}}}))
+    assert again() == 3
+
+
 def test_a_comparison_stopped_in_any_variant_equals_one_left_alone(work, monkeypatch):
     options = {
         "variant": "all",
@@ -298,7 +325,17 @@ def test_recordings_are_encoded_and_decoded_by_the_run_that_was_trained(tmp_path
     assert (run / "codes" / "first.json").stat().st_mtime_ns == written
     assert (run / "codes" / "second.json").is_file()
     assert work.run(**listening, mode="decode") == 0
-    assert {path.name for path in (run / "decoded").iterdir()} == {"first.wav", "second.wav"}
+    assert {path.name for path in (run / "decoded").glob("*.wav")} == {"first.wav", "second.wav"}
+    first, second = (run / "decoded" / f"{name}.wav" for name in ("first", "second"))
+    sound = first.read_bytes()
+    first.unlink()
+    second.write_bytes(b"kept")
+    capsys.readouterr()
+    assert work.run(**listening, mode="decode") == 0  # goes on
+    assert "2 wav files (1 of them from before)" in capsys.readouterr().out
+    assert first.read_bytes() == sound and second.read_bytes() == b"kept"
+    assert work.run(**listening, mode="decode", seed=5) == 0  # spoken in another way: both anew
+    assert "from before" not in capsys.readouterr().out and second.read_bytes() != b"kept"
     assert work.run(**listening, run_name="other", seed=1) == 0
     assert work.run(**listening, run_name="other", mode="decode", codes_dir=run / "codes") == 1
     told = capsys.readouterr().err
@@ -376,6 +413,16 @@ def test_the_report_shows_nothing_of_an_earlier_model(work):
     assert "data:audio" in page.read_text()
     assert work.run(resume="never", seed=1, generate_utterances=2, decode_wavs=0) == 0
     assert "data:audio" not in page.read_text()
+
+
+def test_a_launchers_configuration_changes_neither_precision_nor_gradients(work, monkeypatch):
+    assert work.run(run_name="alone", num_epochs=1) == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "16")
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    assert work.run(run_name="configured", num_epochs=1) == 0
+    assert work.steps("configured") == work.steps("alone")
 
 
 def test_the_same_command_again_trains_nothing_more(work):
@@ -466,6 +513,71 @@ def test_a_checkpoint_can_be_evaluated_without_training(work):
     assert work.run(num_epochs=0) == 0  # without a path: the best of the run itself
     assert work.metrics()["test"] == work.metrics("look")["test"]
     assert work.metrics()["history"] == trained["history"]
+    assert work.metrics()["fitted"] == trained["fitted"]
+
+
+def test_a_checkpoint_is_evaluated_on_another_test_set_with_what_it_was_trained_with(work, capsys):
+    settings = work.folder / "exp" / "simple" / "settings.json"
+    assert work.run(freeze_llm=True) == 0
+    as_trained = settings.read_text()
+    for path in (work.train.units, work.train.text, work.train.speech, work.train.info):
+        path.unlink()  # nothing is learned
+    other = write_features(work.folder, "other", random_examples(LENGTHS[:5], seed=2))
+    options = {
+        "test_utt2_s3_path": other.units,
+        "test_utt2_text_emb_path": other.text,
+        "test_utt2_whisper_path": other.speech,
+        "test_utt2info_path": other.info,
+    }
+    best = settings.parent / "checkpoints" / "best.pt"
+    assert work.run(num_epochs=0, freeze_llm=False, resume=best, run_name="other", **options) == 0
+    assert "as it was trained: FREEZE_LLM = True" in capsys.readouterr().out
+    assert work.metrics("other")["test"] != work.metrics()["test"]
+    assert work.run(num_epochs=0) == 0
+    assert settings.read_text() == as_trained
+    assert work.run(num_epochs=0, resume=best, run_name="other", variant="text_only") == 1
+    assert "give --variant simple" in capsys.readouterr().err
+
+
+def test_features_of_another_model_folder_are_refused(work, capsys):
+    tokenizer = work.folder / "model" / "speech_tokenizer_v1.onnx"
+    tokenizer.write_bytes(b"a tokenizer")
+    note = work.train.units.with_suffix(".made_with.json")
+    note.write_text(json.dumps({"speech_tokenizer": file_digest(tokenizer)}))
+    assert work.run() == 0
+    note.write_text(json.dumps({"speech_tokenizer": "of the tiny model"}))
+    assert work.run(run_name="again") == 1
+    told = capsys.readouterr().err
+    assert "speech_tokenizer: of the tiny model then" in told
+    assert f"bash s3.sh --model-dir {work.folder / 'model'}" in told
+    note.unlink()
+    work.test.info.with_suffix(".made_with.json").write_text(json.dumps({"text_embedding": "another one"}))
+    assert work.run(run_name="again") == 1
+    assert "text_embedding: another one then" in capsys.readouterr().err
+
+
+def test_whisper_features_of_both_splits_are_made_alike(work, capsys):
+    for paths, layer in ((work.train, 6), (work.test, 16)):
+        paths.info.with_suffix(".made_with.json").write_text(json.dumps({"whisper": "one", "mid_layer": layer}))
+    assert work.run() == 1
+    assert "mid_layer: 6 then, 16 now" in capsys.readouterr().err
+    assert work.run(variant="text_only") == 0
+
+
+def test_a_test_set_that_is_learned_from_is_told(work, capsys):
+    def note(path, names):
+        content = torch.load(path)
+        for utt_id, name in zip(sorted(content), names, strict=False):
+            content[utt_id]["audio_path"] = name
+        torch.save(content, path)
+
+    note(work.train.info, [f"train/{number}.wav" for number in range(len(LENGTHS))])
+    note(work.test.info, [f"test/{number}.wav" for number in range(3)])
+    assert work.run() == 0
+    assert "in the training set too" not in capsys.readouterr().out
+    note(work.test.info, ["train/4.wav"])
+    assert work.run(run_name="again") == 0
+    assert "warning: 1 of 3 test utterances are in the training set too" in capsys.readouterr().out
 
 
 def test_a_look_at_the_best_epoch_keeps_those_behind_it(tmp_path):
@@ -558,11 +670,12 @@ def test_a_prediction_too_short_for_a_sound_is_reported(work, capsys, monkeypatc
     assert work.metrics()["wavs"] == []
 
 
-def start(work: Workplace, **options) -> subprocess.Popen:
+def start(work: Workplace, own_session: bool = False, **options) -> subprocess.Popen:
     """The script in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(REPOSITORY / "model_code.py"), *work.words(**options)],
         cwd=work.folder,
+        start_new_session=own_session,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -614,6 +727,19 @@ def test_a_run_ended_by_a_signal_and_started_again_equals_one_left_alone(undistu
     assert steps - 2 <= reached < 30
     assert work.run(run_name=name, **options) == 0
     assert_same_run(work, name, f"{variant}_alone")
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_saves_it_too(undisturbed):
+    work, options = undisturbed, UNTIL_THE_END | {"num_workers": 1}
+    process = start(work, own_session=True, run_name="group", **options)
+    wait_for_steps(work, "group", 7)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=KILL_TIMEOUT_SECONDS)
+    assert process.returncode == 143, told
+    assert told.count("stopping after this batch") == 1 and "The same command goes on from there" in told
+    assert work.run(run_name="group", **options) == 0
+    assert_same_run(work, "group", "simple_alone")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from taste.quantizer import NO_CODE, WordQuantizer
 from taste.words import word_mean, word_starts
@@ -111,6 +112,19 @@ def test_codebooks_never_start_from_data_that_is_not_trained_on():
     model = quantizer(kmeans_init=True).eval()
     with pytest.raises(RuntimeError, match="codebooks are empty"):
         model(spoken(20), all_valid(spoken(20)))
+
+
+def test_whether_codebooks_have_started_is_read_until_they_have_and_after_loading():
+    model, empty = quantizer(kmeans_init=True).train(), quantizer(kmeans_init=True)
+    assert not model.is_started
+    model(spoken(20), all_valid(spoken(20)))
+    assert model.is_started
+    with torch.no_grad():
+        for level in model.rvq.layers:
+            level._codebook.initted.fill_(False)
+    assert model.is_started  # nobody looked: on a GPU that waits for it
+    nn.ModuleDict({"quantizer": model}).load_state_dict({f"quantizer.{k}": v for k, v in empty.state_dict().items()})
+    assert not model.is_started
 
 
 def test_every_level_starts_in_the_first_step_although_levels_are_dropped():

@@ -2,7 +2,9 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +162,39 @@ def test_accumulated_batches_make_the_step_of_one_big_batch(tmp_path, sets, batc
     moments = [trainer.optimizer.state_dict()["state"] for trainer in weights]
     for number, state in moments[0].items():
         torch.testing.assert_close(moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_lets_go_of_each_batch_once_it_is_done(tmp_path, sets):
+    trainer = make_trainer(tmp_path, sets, num_epochs=1, accumulation_steps=5)
+    loaded, alive = [], []
+    forward, add_up = trainer.wrapped_model.forward, trainer._add_up_gradients
+
+    def counted(batch):
+        alive.append(sum(reference() is not None for reference in loaded))
+        return forward(batch)
+
+    def watched(batches):
+        loaded.extend(map(weakref.ref, batches))
+        return add_up(batches)
+
+    trainer.wrapped_model.forward, trainer._add_up_gradients = counted, watched
+    trainer._train_epoch()
+    assert alive == [5, 4, 3, 2, 1]
+
+
+def test_a_run_that_nobody_watches_says_how_far_it_is_once_a_minute(tmp_path, sets, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, sets, num_epochs=1)
+    minutes = []
+    trainer.on_minute = minutes.append
+    trainer.fit()
+    assert not minutes and capsys.readouterr().err == ""
+    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    again = make_trainer(tmp_path, sets, num_epochs=1)
+    again.on_minute = minutes.append
+    again.fit()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 1/1: ")]
+    assert len(lines) == len(minutes) == 5
+    assert re.fullmatch(r"epoch 1/1: 3 of 5 steps, [\d.e+]+ a second, 00:00 left, loss \d\.\d{3}", lines[2])
 
 
 def test_codebooks_move_in_training_and_are_saved(tmp_path, sets):

@@ -14,6 +14,7 @@ from cosyvoice.utils.executor import Batch, TrainConfig, Turn
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
 from cosyvoice.utils.prefetch import prefetched
 from cosyvoice.utils.scheduler import build_scheduler
+from taste.interrupt import obey_parent_alone, signals_held_back
 
 if TYPE_CHECKING:
     from torch.utils.data import IterableDataset
@@ -202,9 +203,16 @@ def batch_source(
         # Its own generator: the loader would draw its workers' seed from the one that training draws from.
         generator = torch.Generator().manual_seed(seed + epoch)
         loader = DataLoader(
-            dataset, batch_size=None, num_workers=num_workers, prefetch_factor=ahead, generator=generator
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=ahead,
+            generator=generator,
+            worker_init_fn=obey_parent_alone,
         )
-        yield from _without_first(loader, skip)
+        with signals_held_back():  # they would end a worker that does not obey its parent alone yet
+            made = iter(loader)
+        yield from _without_first(made, skip)
 
     return batches
 
