@@ -1,11 +1,14 @@
 """CosyVoice from a folder to sound: every way of speaking, whole and streamed, and every way it goes wrong."""
 
+import io
 import os
 import subprocess
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +17,11 @@ import torch
 import torchaudio
 from small_model_folder import NAMED_SPEAKER, write_small_model_folder
 
-from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.cli.cosyvoice import AutoModel, CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.cli.token_stream import TokenStream
 from cosyvoice.utils.config import ConfigError
+from cosyvoice.utils.file_utils import load_wav
 from cosyvoice.utils.onnx_session import OnnxSession
 
 REPOSITORY = Path(__file__).parents[1]
@@ -388,6 +392,17 @@ def test_a_speaker_that_does_not_exist_is_named_beside_those_that_do(cosy):
         cosy.add_zero_shot_spk(PROMPT_TEXT, "", "")
 
 
+def test_a_folder_without_named_speakers_says_how_to_get_some(cosy, monkeypatch):
+    monkeypatch.setattr(cosy.frontend, "spk2info", {})
+    with pytest.raises(ValueError, match="this folder has no named speakers") as error:
+        list(cosy.inference_sft(TEXT, "tenor"))
+    script, *words = str(error.value).partition("python ")[2].split()
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *words, "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(word in done.stdout for word in words if word.startswith("--"))
+
+
 def test_a_folder_may_do_without_named_speakers(folder, tmp_path):
     frontend = CosyVoice(folder, device="cpu").frontend
     assert type(frontend)(lambda: None, frontend.feat_extractor, "a", "b", tmp_path / "none.pt").spk2info == {}
@@ -422,9 +437,10 @@ def test_closing_the_stream_early_stops_the_language_model_and_forgets_the_sessi
 
 
 @pytest.mark.parametrize("text", ["", "   ", "。", "?!..."])
-def test_a_text_without_words_is_an_error(cosy, text):
-    with pytest.raises(ValueError, match="nothing to say"):
-        list(cosy.inference_sft(text, NAMED_SPEAKER))
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "vc"])
+def test_a_text_without_words_gives_no_sound_and_a_warning(speak, caplog, mode, text):
+    assert list(speak(mode, text=text)) == []
+    assert caplog.messages == [f"there is nothing to say in {text!r}"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -450,6 +466,78 @@ def test_half_precision_without_cuda_warns_and_is_off(loaded):
     with pytest.warns(UserWarning, match="fp16 needs CUDA; running on cpu in float32"):
         model = CosyVoiceModel(parts.llm, parts.flow, parts.hift, fp16=True, device="cpu")
     assert model.fp16 is False
+
+
+def test_all_utterances_share_one_cuda_stream_that_waits_for_their_inputs(monkeypatch):
+    made, waited, entered = [], [], []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def wait_stream(self, stream):
+            waited.append(stream)
+
+    @contextmanager
+    def stream(chosen):
+        entered.append(chosen)
+        yield
+
+    class Part(SimpleNamespace):
+        def to(self, device):
+            return self
+
+        def eval(self):
+            return self
+
+        def inference(self, **arguments):
+            return iter((1, 2))
+
+    for name, value in {"Stream": Stream, "stream": stream, "current_stream": lambda device: "the caller's"}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    model = CosyVoiceModel(Part(), Part(input_frame_rate=50), Part(), device="cuda")
+    writes = [model._writer(torch.ones(1, 3), None, None, None, None) for _ in range(3)]
+    assert waited == ["the caller's"] * 3 and entered == []
+    model.device = torch.device("cpu")  # where the tokens go; there may be no GPU here
+    for write in writes:
+        tokens = []
+        write(tokens.append)
+        assert tokens == [1, 2]
+    assert made == [torch.device("cuda")] and entered == [model.llm_stream] * 3
+
+
+def test_without_cuda_there_is_no_stream(loaded):
+    assert loaded.model.llm_stream is None
+
+
+def test_the_published_scripts_names_are_there(folder):
+    from cosyvoice.utils.file_utils import logging
+
+    assert logging.getLogger is not None
+    cosy = AutoModel(model_dir=folder, device="cpu", trt_concurrent=2)
+    assert isinstance(cosy, CosyVoice) and cosy.list_available_spks() == [NAMED_SPEAKER]
+    assert CosyVoice(str(folder), False, False, False, 1, device="cpu").sample_rate == cosy.sample_rate
+
+
+def test_a_recording_is_read_from_an_open_file_too(prompt_wav):
+    with prompt_wav.open("rb") as file:
+        assert torch.equal(load_wav(file, 16_000), load_wav(prompt_wav, 16_000))
+    with pytest.raises(ValueError, match="cannot be read as a recording"):
+        load_wav(io.BytesIO(b"no sound"), 16_000)
+
+
+def test_a_rate_that_shares_no_factor_with_the_models_takes_no_filter_of_gigabytes(tmp_path, monkeypatch):
+    asked = []
+    resample = torchaudio.functional.resample
+    monkeypatch.setattr(
+        torchaudio.functional, "resample", lambda wave, *rates: asked.append(rates) or resample(wave, *rates)
+    )
+    seconds = 0.5
+    got = load_wav(write_tone(tmp_path / "odd.wav", seconds, 44_099), 22_050)
+    assert max(asked[0]) <= 4_000
+    even = load_wav(write_tone(tmp_path / "even.wav", seconds, 44_100), 22_050)
+    assert got.shape[1] == pytest.approx(seconds * 22_050, rel=1e-3)
+    assert float(got.std()) == pytest.approx(float(even.std()), rel=0.05)
 
 
 def test_tensorrt_is_refused_with_what_it_would_need(folder):

@@ -18,6 +18,7 @@ from cosyvoice.utils.frontend_utils import (
     remove_bracket,
     replace_blank,
     replace_corner_mark,
+    replace_full_stop,
     spell_out_number,
     split_paragraph,
 )
@@ -73,6 +74,7 @@ def test_a_piece_is_over_the_maximum_only_where_it_had_not_reached_the_minimum(t
         ("Wait... what?!", "en", ["Wait. what?"]),
         ('He said "no." Then he left.', "en", ['He said "no." Then he left.']),
         ("一、二，三", "zh", ["一、二，三。"]),
+        ("1. 2.5.", "en", ["1. 2.5."]),
         ("...", "en", []),
         ("", "zh", []),
     ],
@@ -93,6 +95,11 @@ def test_sentences_are_joined_up_to_the_maximum_and_a_short_end_joins_the_piece_
         " c c c c. d.",
     ]
     assert split_paragraph("a a a a. d.", str.split, "en", 4, 3, merge_len=1) == ["a a a a.", " d."]
+
+
+@pytest.mark.parametrize(("lang", "pieces"), [("en", ["It is 3.5.", " Or 1."]), ("zh", ["It is 3.5.", " Or 1."])])
+def test_no_piece_ends_within_a_decimal_number(lang, pieces):
+    assert split_paragraph("It is 3.5. Or 1.", str.split, lang, token_max_n=0, token_min_n=0, merge_len=0) == pieces
 
 
 def test_commas_cut_where_that_is_asked_for():
@@ -136,7 +143,18 @@ def test_each_run_of_digits_becomes_words():
         def number_to_words(self, num):
             return f"<{num}>"
 
-    assert spell_out_number("12 apples for 3.50", Spelled()) == "<12> apples for <3>.<50>"
+    assert spell_out_number("12 apples for 3.50", Spelled()) == "<12> apples for <3.50>"
+    assert spell_out_number("Version 1.2.3 of 12.05.2024.", Spelled()) == "Version <1>.<2>.<3> of <12>.<05>.<2024>."
+    assert spell_out_number("I have 7. 8.5", Spelled()) == "I have <7>. <8.5>"
+
+
+def test_a_full_stop_becomes_a_chinese_one_and_a_decimal_point_stays():
+    assert replace_full_stop("共3.5元.好.5.") == "共3.5元。好。5。"
+
+
+def test_decimal_numbers_in_english_are_spelled_with_their_point(frontend):
+    pytest.importorskip("inflect")
+    assert frontend.text_normalize("It cost $3.50.") == ["It cost $three point five zero."]
 
 
 def test_numbers_in_english_are_spelled_with_inflect(frontend):
@@ -151,6 +169,14 @@ def test_without_inflect_numbers_stay_and_the_log_says_so_once(frontend, monkeyp
     for _ in range(2):
         assert frontend.text_normalize("It cost 12 pounds.", split=False) == "It cost 12 pounds."
     assert len(caplog.messages) == 1 and "inflect" in caplog.messages[0]
+
+
+def test_without_wetext_numbers_in_chinese_stay_and_the_log_says_so_once(frontend, caplog):
+    assert frontend.text_normalize("你好.", split=False) == "你好。"
+    assert caplog.messages == []
+    for _ in range(2):
+        assert frontend.text_normalize("价格是3.5元.", split=False) == "价格是3.5元。"
+    assert len(caplog.messages) == 1 and "pip install wetext" in caplog.messages[0]
 
 
 def test_a_folder_named_like_the_package_is_not_taken_for_it(tmp_path, monkeypatch):
@@ -174,7 +200,7 @@ def test_wetext_reads_numbers_and_dates_where_it_is_installed():
     [
         ("", "", [""]),
         (" Hello there. ", "Hello there.", ["Hello there."]),
-        ("3.5 你好 - 再见，", None, ["3。5你好-再见。"]),
+        ("3.5 你好 - 再见，", None, ["3.5你好-再见。"]),
         ("你好.再见，，", "你好。再见。", ["你好。再见。"]),
         ("say <|en|> this  ", "say <|en|> this  ", ["say <|en|> this  "]),
         ("...", "...", []),

@@ -6,6 +6,7 @@ import torch
 from benchmarks.flow_hift_models import build_hift
 from cosyvoice.hifigan.f0_predictor import ConvRNNF0Predictor
 from cosyvoice.hifigan.generator import HiFTGenerator
+from cosyvoice.utils.model_dir import load_weights
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -20,6 +21,17 @@ def hift(golden_dir) -> HiFTGenerator:
     return model
 
 
+def with_older_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `torch.nn.utils.weight_norm` names them, which the released hift.pt was saved with."""
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    renamed = {}
+    for name, tensor in weights.items():
+        for newer, old in older.items():
+            name = name.replace(newer, old)
+        renamed[name] = tensor
+    return renamed
+
+
 def random_mel(frames: int, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, 80, frames, generator=torch.Generator().manual_seed(frames))
 
@@ -30,6 +42,29 @@ def test_the_released_size_has_the_published_keys_and_shapes(golden_dir):
         model = build_hift("300m")
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == 20_460_591
+
+
+@pytest.mark.parametrize("prefix", ["", "generator."], ids=["vocoder", "hifigan"])
+def test_weights_under_the_older_weight_norms_names_make_the_same_sound(hift, golden_dir, tmp_path, prefix):
+    weights = with_older_names(torch.load(golden_dir / "small_hift.pt", weights_only=True))
+    assert "conv_pre.weight_g" in weights and "f0_predictor.condnet.0.weight_v" in weights
+    torch.save({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path / "hift.pt")
+    model = build_hift("small").eval()
+    load_weights(model, tmp_path / "hift.pt")
+    sounds = []
+    for vocoder in (hift, model):
+        torch.manual_seed(3)
+        sounds.append(vocoder.inference(random_mel(12)).speech)
+    assert torch.equal(*sounds)
+
+
+def test_a_weight_that_is_missing_is_named_beside_older_names(golden_dir, tmp_path):
+    weights = with_older_names(torch.load(golden_dir / "small_hift.pt", weights_only=True))
+    del weights["conv_pre.weight_g"]
+    weights["conv_last.weight_g"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "hift.pt")
+    with pytest.raises(ValueError, match=r"1 missing: conv_pre\.parametrizations.*1 unexpected: conv_last\.weight_g"):
+        load_weights(build_hift("small"), tmp_path / "hift.pt")
 
 
 @torch.no_grad()

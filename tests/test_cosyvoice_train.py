@@ -129,6 +129,17 @@ def test_what_a_training_writes(tmp_path: Path) -> None:
     assert notes["progress"]["step"] == 2 * TRAIN_BATCHES
 
 
+@pytest.mark.parametrize("part", ["llm", "flow"])
+def test_no_batch_waits_for_the_device(tmp_path: Path, part: str) -> None:
+    """The meta device has no values, so whatever the host asks of it is an error, where a GPU would make it wait."""
+    model = load_config(write_config(tmp_path / "cosyvoice.yaml"), [part])[part].to("meta")
+    forward = type(model).forward
+    forward = getattr(forward, "__wrapped__", forward)  # without autocast, which meta has none of
+    loss = forward(model, small_training.made_up_batch(1, gan=False), torch.device("meta"))["loss"]
+    assert loss.device.type == "meta" and loss.shape == ()
+    loss.backward()
+
+
 def test_a_complete_training_is_left_alone(tmp_path: Path, capsys) -> None:
     assert run(tmp_path / "llm", "llm", "--max_steps", "2") == 0
     before = state_of(tmp_path / "llm")
@@ -210,6 +221,37 @@ def test_nan_stops_with_step_and_utterances_and_keeps_the_last_state(tmp_path: P
     assert_same(before, state_of(tmp_path / "llm"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "way_on"),
+    [
+        ([], "No checkpoint was written yet: the same command begins anew"),
+        (["--max_epoch", "1"], "The same command then goes on from {last}, the end of an epoch"),
+        (["--max_steps", "2"], "{last} stands within an epoch"),
+    ],
+    ids=["no checkpoint", "between epochs", "within an epoch"],
+)
+def test_too_little_memory_names_what_to_change_and_how_to_go_on(
+    tmp_path: Path, capsys, monkeypatch, flags: list[str], way_on: str
+) -> None:
+    if flags:
+        assert run(tmp_path / "llm", "llm", *flags) == 0
+
+    def step(self: Any, group: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor.Executor, "_train_step", step)
+        assert run(tmp_path / "llm", "llm", "--max_epoch", "2") == 1
+    message = capsys.readouterr().err
+    assert "(CUDA out of memory)" in message and "Traceback" not in message
+    assert "lower max_frames_in_batch, and raise accum_grad of train_conf" in message
+    assert way_on.format(last=tmp_path / "llm" / "last") in message
+
+    smaller = write_config(tmp_path / "smaller.yaml", {"max_frames_in_batch: ": "max_frames_in_batch: 1"})
+    goes_on = run(tmp_path / "llm", "llm", "--max_epoch", "2", config=smaller) == 0
+    assert goes_on == ("same command" in way_on), "it says what is true"
+
+
 def test_a_checkpoint_of_another_configuration_is_refused_by_its_keys(tmp_path: Path, capsys) -> None:
     assert run(tmp_path / "llm", "llm", "--max_steps", "1") == 0
     changes = {"text_token_size: 60": "text_token_size: 61"}
@@ -271,6 +313,27 @@ def test_a_vocoder_alone_starts_a_gan(tmp_path: Path) -> None:
     assert_same(generator, {name[10:]: value for name, value in taken.items() if name.startswith("generator.")})
 
 
+@pytest.mark.parametrize("prefix", ["", "generator."], ids=["vocoder", "hifigan"])
+def test_a_gan_starts_from_the_older_weight_norms_names(tmp_path: Path, prefix: str) -> None:
+    assert run(tmp_path / "first", "hifigan", "--max_steps", "1") == 0
+    weights = torch.load(tmp_path / "first" / "epoch_0.pt", weights_only=True)
+    older = {}
+    for name, value in weights.items():
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        name = name.replace("parametrizations.weight.original1", "weight_v")
+        if prefix or name.startswith("generator."):
+            older[name if prefix else name.removeprefix("generator.")] = value
+    torch.save(older, tmp_path / "hift.pt")
+    assert run(tmp_path / "second", "hifigan", "--max_steps", "1", "--checkpoint", str(tmp_path / "hift.pt")) == 0
+    taken = torch.load(tmp_path / "second" / "init.pt", weights_only=True)
+    chosen = prefix or "generator."
+    assert_same(
+        *({name: value for name, value in part.items() if name.startswith(chosen)} for part in (weights, taken))
+    )
+    if prefix:  # the period discriminator's own weight_g too
+        assert_same(weights, taken)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -317,20 +380,21 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    words = command(tmp_path / "llm", "llm", "--max_epoch", "1000")
-    with subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, workers: int) -> None:
+    as_many = ("--num_workers", str(workers))
+    words = command(tmp_path / "llm", "llm", "--max_epoch", "1000", *as_many)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment(), start_new_session=True, **pipes) as running:
         for line in running.stdout:
             if line.startswith("TRAIN epoch 1"):
                 break
-        running.send_signal(signal.SIGTERM)
+        os.killpg(running.pid, signal.SIGTERM)  # its workers hear it too, as of SLURM's
         _, message = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGTERM
     assert "stopped after step" in message
     step = json.loads((tmp_path / "llm" / "last" / "state.json").read_text())["progress"]["step"]
-    assert run(tmp_path / "llm", "llm", "--max_steps", str(step + 1)) == 0
+    assert run(tmp_path / "llm", "llm", "--max_steps", str(step + 1), *as_many) == 0
 
 
 @pytest.mark.slow

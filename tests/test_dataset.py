@@ -97,6 +97,19 @@ def test_a_language_models_batches_are_those_of_the_full_pipeline(data_list: Pat
         assert_equal(found, expected)
 
 
+def test_a_rate_that_shares_no_factor_with_the_models_takes_no_filter_of_gigabytes() -> None:
+    sound = torch.sin(torch.arange(44_099) / 44_099 * 2 * torch.pi * 200)[None]
+    data = [{"utt": "u", "speech": sound, "sample_rate": 44_099}]
+    (sample,) = processor.resample(data, resample_rate=22_050)
+    assert sample["sample_rate"] == 22_050
+    assert abs(sample["speech"].size(1) - 22_050) <= 1
+    expected = torch.sin(torch.arange(22_050) / 22_050 * 2 * torch.pi * 200)
+    assert torch.allclose(sample["speech"][0, 100:21_900], expected[100:21_900], atol=0.05)  # 44,099 Hz count as 44,100
+    assert processor._resampler(44_099, 22_050).kernel.numel() < 10_000_000
+    exact = processor._resampler(48_000, 22_050)
+    assert (exact.orig_freq, exact.new_freq) == (320, 147)
+
+
 def test_frames_of_tokens_hears_no_sound_and_checks_the_tokens() -> None:
     def frames(tokens: list[int] | None) -> dict[str, Any]:
         sample = {"utt": "a", "src": "shard", "audio_data": b"no sound", "speech_token": tokens, "text_token": [1]}

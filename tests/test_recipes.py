@@ -222,6 +222,8 @@ def test_two_recipes_do_not_work_in_one_folder(recipe: Callable[..., tuple[int, 
         (LIBRITTS, ("--stage", "5"), 1, "(stage 3 makes it)"),
         (LIBRITTS, ("--stage", "6"), 1, "(stage 5 makes it)"),
         (LIBRITTS, ("--help",), 0, "--stop-stage"),
+        (LIBRITTS, ("--num-workers", "some"), 2, "NUM_WORKERS is 'some'"),
+        (LIBRITTS, ("--batch-size", "0"), 2, "BATCH_SIZE is '0'"),
         (TINY, ("--jobs", "none"), 2, "JOBS is 'none'"),
         (TINY, ("--lively-hours", "some"), 2, "LIVELY_HOURS is 'some'"),
         (TINY, ("--stage", "1", "--device", "cpu"), 1, "(stage 0 makes it)"),
@@ -530,7 +532,7 @@ def test_libritts_gives_its_tools_words_they_know(tmp_path: Path, monkeypatch: p
         "exp/{llm/llm,flow/flow,hifigan/hifigan}.pt exp/{llm,flow,hifigan}/metrics.jsonl"
     )
     words = ("--parts", "train-clean-100 dev-clean test-clean", "--max-steps", "3", "--max-epoch", "2", "--stage", "0")
-    folders = ("--corpus-dir", tmp_path / "corpus", "--model-dir", model, "--skip-incomplete")
+    folders = ("--corpus-dir", tmp_path / "corpus", "--model-dir", model, "--skip-incomplete", "--batch-size", "5")
     calls = words_of_recipe(LIBRITTS / "run.sh", tmp_path, outputs, *words, *folders)
     assert [Path(call[0]).name for call in calls] == [
         *["prepare_data.py"] * 3,
@@ -544,6 +546,10 @@ def test_libritts_gives_its_tools_words_they_know(tmp_path: Path, monkeypatch: p
         "export_onnx.py",
     ]
     assert {path.name for path in (tmp_path / "work" / "exp" / "model").iterdir()} >= {"cosyvoice.yaml", "hift.pt"}
+    for tool, flag, value in (("extract_speech_token.py", "--batch_size", "5"), ("train.py", "--num_workers", "2")):
+        for call in calls:
+            if call[0].endswith(tool):
+                assert call[call.index(flag) + 1] == value
     expect_understood(calls, monkeypatch)
 
 

@@ -16,6 +16,7 @@ The same command goes on where it was stopped or killed. `--checkpoint` gives we
 Exit codes: 0 complete, or --max_minutes are over; 1 error; 2 unknown flag; 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,13 @@ import torch
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
 
-from cosyvoice.utils.checkpoint import Ema, flat_settings, load_initial_weights, load_state_file  # noqa: E402
+from cosyvoice.utils.checkpoint import (  # noqa: E402
+    NOTES_FILE,
+    Ema,
+    flat_settings,
+    load_initial_weights,
+    load_state_file,
+)
 from cosyvoice.utils.config import load_config, read_config  # noqa: E402
 from cosyvoice.utils.executor import (  # noqa: E402
     LAST_FOLDER,
@@ -102,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError as error:
+            print(f"train.py: error: {out_of_memory(settings, error)}", file=sys.stderr)
+            return 1
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -124,6 +134,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
         ValueError: something in settings, data or checkpoints does not fit; the message says what.
         OSError: a file is missing, or the disk is full.
         OutputBusyError: another process works on this folder.
+        torch.OutOfMemoryError: a batch is too large for the GPU.
     """
     check_settings(settings)
     conf = read_train_conf(settings.config, settings.model)
@@ -183,6 +194,35 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
             return executor.fit()
         finally:
             log.close()
+
+
+def out_of_memory(settings: Settings, error: torch.OutOfMemoryError) -> str:
+    """Say what makes a batch smaller, and how the training goes on with it.
+
+    Args:
+        settings: the script's settings.
+        error: what torch says of the memory.
+
+    Returns:
+        the message.
+    """
+    last = Path(settings.model_dir) / LAST_FOLDER
+    _, train_conf = config_keys(settings.model)
+    notes = last / NOTES_FILE
+    if not notes.is_file():
+        way_on = "No checkpoint was written yet: the same command begins anew"
+    elif json.loads(notes.read_text(encoding="utf-8"))["progress"]["batches"] == 0:
+        way_on = f"The same command then goes on from {last}, the end of an epoch"
+    else:
+        way_on = (
+            f"{last} stands within an epoch, the order of whose batches would change: it cannot be gone on from. Start "
+            f"from the latest epoch_N.pt (else init.pt) of {last.parent} with --checkpoint and another --model_dir"
+        )
+    return (
+        f"a batch is too large for the memory of the GPU ({str(error).partition('. ')[0]}). In {settings.config}, "
+        f"lower max_frames_in_batch, and raise accum_grad of {train_conf} by as much, which keeps what a step learns "
+        f"from. {way_on}"
+    )
 
 
 def check_settings(settings: Settings) -> None:

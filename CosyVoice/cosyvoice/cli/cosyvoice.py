@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,15 @@ class CosyVoice:
     """Text to speech, voice cloning and voice conversion with a model folder in the released layout.
 
     Every `inference_*` method is a generator of {"tts_speech": [1, N] float32 on the CPU} at `sample_rate`: one for
-    each sentence, or with `stream=True` several for each, to be played one after the other.
+    each sentence, or with `stream=True` several for each, to be played one after the other. A text without words gives
+    none, and a warning in the log.
 
     Args:
         model_dir: the folder. Nothing is downloaded: `setup_cosyvoice.py` does that.
         load_jit: use the folder's TorchScript archives for the encoders.
         load_trt: not supported; raises an error that says what it would need.
         fp16: run the language model in half precision (CUDA only; elsewhere it warns and stays in float32).
+        trt_concurrent: of the published signature: TensorRT contexts, of which there are none without `load_trt`.
         device: where to run; None takes CUDA if there is one.
 
     Raises:
@@ -54,6 +57,7 @@ class CosyVoice:
         load_jit: bool = False,
         load_trt: bool = False,
         fp16: bool = False,
+        trt_concurrent: int = 1,
         *,
         device: str | torch.device | None = None,
     ) -> None:
@@ -138,7 +142,7 @@ class CosyVoice:
             Speech.
 
         Raises:
-            ValueError: there is no such speaker, or nothing to say.
+            ValueError: there is no such speaker.
         """
         make_input = partial(self.frontend.frontend_sft, "", spk_id)
         yield from self._speak(tts_text, make_input, stream, speed, text_frontend)
@@ -168,7 +172,7 @@ class CosyVoice:
             Speech.
 
         Raises:
-            ValueError: there is no such speaker, the prompt cannot be used, or there is nothing to say.
+            ValueError: there is no such speaker, or the prompt cannot be used.
         """
         prompt_text = self.frontend.text_normalize(prompt_text, split=False, text_frontend=text_frontend)
         make_input = partial(
@@ -199,7 +203,7 @@ class CosyVoice:
             Speech.
 
         Raises:
-            ValueError: there is no such speaker, the prompt cannot be used, or there is nothing to say.
+            ValueError: there is no such speaker, or the prompt cannot be used.
         """
         make_input = partial(self.frontend.frontend_cross_lingual, "", prompt_wav, self.sample_rate, zero_shot_spk_id)
         yield from self._speak(tts_text, make_input, stream, speed, text_frontend)
@@ -227,7 +231,7 @@ class CosyVoice:
             Speech.
 
         Raises:
-            ValueError: there is no such speaker, or nothing to say.
+            ValueError: there is no such speaker.
         """
         instruct_text = self.frontend.text_normalize(instruct_text, split=False, text_frontend=text_frontend)
         make_input = partial(self.frontend.frontend_instruct, "", spk_id, instruct_text)
@@ -268,7 +272,8 @@ class CosyVoice:
         """Speak a text sentence by sentence; the speaker's side of the input is made once for all of them."""
         sentences = [text for text in self.frontend.text_normalize(tts_text, True, text_frontend) if text.strip()]
         if not sentences:
-            raise ValueError(f"there is nothing to say in {tts_text!r}")
+            logger.warning("there is nothing to say in %r", tts_text)
+            return
         model_input = make_input()
         for sentence in sentences:
             if len(sentence) < shortest:
@@ -283,3 +288,18 @@ class CosyVoice:
             logger.info("%.2f s of speech, real-time factor %.2f", seconds, (time.perf_counter() - started) / seconds)
             yield speech
             started = time.perf_counter()
+
+
+def AutoModel(**kwargs: Any) -> CosyVoice:  # noqa: N802 - the published name
+    """Open a model folder by the published code's general name; this project has CosyVoice-300M alone.
+
+    Args:
+        kwargs: the arguments of `CosyVoice`, by name.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: as `CosyVoice` does; a folder of CosyVoice2 or 3 is named.
+    """
+    return CosyVoice(**kwargs)

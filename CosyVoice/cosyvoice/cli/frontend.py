@@ -24,6 +24,7 @@ from cosyvoice.utils.frontend_utils import (
     remove_bracket,
     replace_blank,
     replace_corner_mark,
+    replace_full_stop,
     spell_out_number,
     split_paragraph,
 )
@@ -36,6 +37,10 @@ ENCODER_SAMPLE_RATE_HZ = 16_000  # what the S3 tokenizer and the speaker encoder
 WHISPER_MEL_BINS = 128
 MAX_PROMPT_SECONDS = 30  # the S3 tokenizer was trained on windows of this length
 MIN_PROMPT_SECONDS = 0.05  # two frames of the speaker encoder's 25 ms window
+GET_NAMED_SPEAKERS = (
+    "python setup_cosyvoice.py --cosyvoice-on-modelscope iic/CosyVoice-300M-SFT "
+    "--cosyvoice-on-huggingface FunAudioLLM/CosyVoice-300M-SFT --model-dir CosyVoice-300M-SFT"
+)
 
 ModelInput = dict[str, Tensor]
 
@@ -119,10 +124,11 @@ class CosyVoiceFrontEnd:
         return [piece for piece in split_paragraph(text, encode, language) if not is_only_punctuation(piece)]
 
     def _normalize_chinese(self, text: str) -> str:
-        if self.text_frontend:
+        has_numbers = any(map(str.isdigit, text))
+        if (self.text_frontend or has_numbers) and self._chinese_normalizer:
             text = self._chinese_normalizer.normalize(text)
         text = replace_corner_mark(replace_blank(text.replace("\n", "")))
-        text = remove_bracket(text.replace(".", "。").replace(" - ", "，"))
+        text = remove_bracket(replace_full_stop(text).replace(" - ", "，"))
         return re.sub("[，,、]+$", "。", text)
 
     def _normalize_other(self, text: str) -> str:
@@ -133,6 +139,11 @@ class CosyVoiceFrontEnd:
 
     @cached_property
     def _chinese_normalizer(self) -> Any:
+        if not self.text_frontend:
+            logger.warning(
+                "numbers and dates in Chinese text stay digits: `pip install wetext` reads them as published"
+            )
+            return None
         from wetext import Normalizer
 
         return Normalizer(remove_erhua=False)
@@ -352,7 +363,9 @@ class CosyVoiceFrontEnd:
 
     def _speaker(self, spk_id: str) -> ModelInput:
         if spk_id not in self.spk2info:
-            known = ", ".join(map(repr, self.spk2info)) or "none: this folder has no named speakers"
+            known = ", ".join(map(repr, self.spk2info)) or (
+                f"none: this folder has no named speakers. Get a folder that has some with: {GET_NAMED_SPEAKERS}"
+            )
             raise ValueError(f"there is no speaker {spk_id!r}; speakers: {known}")
         return self.spk2info[spk_id]
 

@@ -91,6 +91,8 @@ class CosyVoiceModel:
         self.llm = llm.to(self.device).eval()
         self.flow = flow.to(self.device).eval()
         self.hift = hift.to(self.device).eval()
+        # One for all utterances: PyTorch's allocator keeps memory for each stream, and shares none of it between them.
+        self.llm_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         # A chunk is `hop` new tokens and an overlap; both ends of every seam are cross-faded, first the mel, then the
         # sound. The vocoder sees the last 20 mel frames of the chunk before again.
@@ -336,6 +338,8 @@ class CosyVoiceModel:
         if text is None and source_speech_token is not None:
             return partial(_write_all, source_speech_token.flatten().tolist())
         if text is not None and source_speech_token is None:
+            if self.llm_stream is not None:  # the inputs were made in the stream of this thread, not of the writer's
+                self.llm_stream.wait_stream(torch.cuda.current_stream(self.device))
             speaker = embedding if embedding is not None else torch.zeros(0, SPEAKER_WIDTH)
             return partial(self._write_tokens, text, _or_empty(prompt_text), _or_empty(prompt_speech_token), speaker)
         raise ValueError("tts needs either text or source_speech_token")
@@ -374,12 +378,8 @@ class CosyVoiceModel:
                 emit(token)
 
     def _own_cuda_stream(self) -> AbstractContextManager[object]:
-        """A CUDA stream of its own for the language model, so that the flow's kernels do not queue up behind it."""
-        if self.device.type != "cuda":
-            return nullcontext()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.default_stream(self.device))  # the inputs were made there
-        return torch.cuda.stream(stream)
+        """The language model's CUDA stream, so that the flow's kernels do not queue up behind it."""
+        return nullcontext() if self.llm_stream is None else torch.cuda.stream(self.llm_stream)
 
     def _length(self, tensor: Tensor) -> Tensor:
         return torch.tensor([tensor.shape[1]], dtype=torch.int32, device=self.device)

@@ -36,6 +36,7 @@ from cosyvoice.dataset.sample import (
     Sample,
     utterance_error,
 )
+from cosyvoice.utils.audio import resampling_rates
 
 __all__ = [
     "batch",
@@ -356,4 +357,5 @@ def _decoded(sample: Sample) -> tuple[Tensor, int]:
 
 @functools.lru_cache(maxsize=16)
 def _resampler(rate: int, wanted: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(orig_freq=rate, new_freq=wanted)
+    orig_freq, new_freq = resampling_rates(rate, wanted)
+    return torchaudio.transforms.Resample(orig_freq, new_freq)

@@ -99,7 +99,7 @@ class MaskedDiffWithXvec(nn.Module):
             `{"loss": scalar}`.
         """
         token, token_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
-        mel, mel_lengths = batch["speech_feat"].to(device), batch["speech_feat_len"].to(device)
+        mel, mel_lengths = batch["speech_feat"].to(device), batch["speech_feat_len"]  # a GPU is not waited for
         speaker = self._project_speaker(batch["embedding"].to(device))
 
         hidden = self._encode(token, token_lengths)
@@ -112,7 +112,7 @@ class MaskedDiffWithXvec(nn.Module):
             known = random.randint(0, int(KNOWN_MEL_SHARE * length))
             known_mel[row, :known] = mel[row, :known]
 
-        mask = (~make_pad_mask(mel_lengths, mel.size(1))).to(hidden.dtype).unsqueeze(1)
+        mask = (~make_pad_mask(mel_lengths.to(device), mel.size(1))).to(hidden.dtype).unsqueeze(1)
         target, hidden, known_mel = (_bands_first(frames) for frames in (mel, hidden, known_mel))
         loss, _ = self.decoder.compute_loss(target, mask, hidden, speaker, cond=known_mel)
         return {"loss": loss}

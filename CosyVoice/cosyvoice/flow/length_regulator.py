@@ -69,14 +69,14 @@ class InterpolateRegulator(nn.Module):
 
         Args:
             x: hidden states, [B, S, D], float32.
-            ylens: mel frames of each row, [B], int64, >= 1.
+            ylens: mel frames of each row, [B], int64, >= 1; on the CPU, a GPU need not be waited for.
 
         Returns:
             frames [B, max(ylens), D'] that are zero from each row's length on, and the lengths unchanged.
         """
         longest = int(ylens.max())
         frames = self.model(_stretch(x, longest)).transpose(1, 2)
-        valid = ~make_pad_mask(ylens, longest)
+        valid = ~make_pad_mask(ylens.to(x.device), longest)
         return Regulated(frames * valid.unsqueeze(-1), ylens)
 
     def inference(

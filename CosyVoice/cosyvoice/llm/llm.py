@@ -95,17 +95,22 @@ class TransformerLM(nn.Module):
         Returns:
             `loss` and `acc` (share of positions whose best token is right), 0-d.
         """
+        # from the lengths as they lie on the CPU: what is asked of a GPU waits for it
+        longest = int((3 + batch["text_token_len"] + batch["speech_token_len"]).max())
+        targets = int((1 + batch["speech_token_len"]).sum())
         text, text_lengths = self.encode(
             self.text_embedding(batch["text_token"].to(device)), batch["text_token_len"].to(device)
         )
         speaker = self._embed_speaker(batch["embedding"].to(device))
         tokens, token_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
         speech = self.speech_embedding(tokens)
-        sequence, target, lengths = self._join(speaker, text, text_lengths, speech, tokens, token_lengths)
+        sequence, target, lengths = self._join(speaker, text, text_lengths, speech, tokens, token_lengths, longest)
         hidden, _ = self.llm(sequence, lengths)
-        asked = target != IGNORE_ID  # text and padding have no logits: V is wide
-        target = target[asked]
-        logits = self.llm_decoder(hidden[asked]).float()  # autocast on the CPU would leave the loss in 16 bits
+        # text and padding have no logits: V is wide
+        asked = torch.nonzero_static((target != IGNORE_ID).flatten(), size=targets).squeeze(1)
+        target = target.flatten()[asked]
+        logits = self.llm_decoder(hidden.flatten(0, 1)[asked])
+        logits = logits.float()  # autocast on the CPU would leave the loss in 16 bits
         return {
             "loss": self.criterion_ce(logits, target, batch=len(sequence)),
             "acc": th_accuracy(logits, target, ignore_label=IGNORE_ID),
@@ -119,11 +124,12 @@ class TransformerLM(nn.Module):
         speech: Tensor,
         tokens: Tensor,
         token_lengths: Tensor,
+        longest: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Put the parts of each row behind each other without gaps: sequence [B, L, D], target [B, L], lengths [B].
 
-        Padding inside a row would move the targets of every shorter row. All rows are joined by one gather: row by row
-        takes longer than the model itself.
+        L is `longest`, the most of the lengths. Padding inside a row would move the targets of every shorter row. All
+        rows are joined by one gather: row by row takes longer than the model itself.
         """
         (batch, longest_text, width), (sos, task) = text.shape, self._marks()
         marks = [mark.expand(batch, 1, width).to(text.dtype) for mark in (sos, task)]
@@ -139,7 +145,6 @@ class TransformerLM(nn.Module):
         spoken = tokens.gather(1, (place - before).clamp(0, tokens.size(1) - 1))
         spoken = torch.where(place - before == token_lengths[:, None], self.eos_token, spoken)
         target = spoken.masked_fill((place < before) | ~real, IGNORE_ID)
-        longest = int(lengths.max())
         return sequence[:, :longest], target[:, :longest], lengths
 
     @torch.inference_mode()

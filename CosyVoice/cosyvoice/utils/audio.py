@@ -7,6 +7,7 @@ Axes: B batch  N samples  F mel frames of the model's own rate (86.13 Hz at 22,0
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ SPEAKER_MEL_BINS = 80
 SPEAKER_WINDOW_SAMPLES = 400  # 25 ms: kaldi makes no frame of anything shorter
 POWER_FLOOR = 1e-9  # keeps the square root differentiable in digital silence
 AMPLITUDE_FLOOR = 1e-5  # log(1e-5) = -11.5 is the value of silence
+MOST_PHASES = 2_000  # of a resampling filter: ratios of rates that need more are rounded, by 3e-4 at most
 
 
 def mel_spectrogram(
@@ -125,6 +127,20 @@ def speaker_fbank(wave: Tensor) -> Tensor:
         wave.unsqueeze(0), num_mel_bins=SPEAKER_MEL_BINS, dither=0.0, sample_frequency=SPEECH_SAMPLE_RATE_HZ
     )
     return energies - energies.mean(dim=0, keepdim=True)
+
+
+def resampling_rates(rate_hz: int, wanted_hz: int) -> tuple[int, int]:
+    """Reduce two rates to small numbers of their ratio; 44,099 to 22,050 Hz as it is would take a filter of gigabytes.
+
+    Args:
+        rate_hz: of the sound, >= 1.
+        wanted_hz: rate wanted, >= 1.
+
+    Returns:
+        what torchaudio's resampling takes for them; exact for all usual rates.
+    """
+    ratio = Fraction(wanted_hz, rate_hz).limit_denominator(MOST_PHASES)
+    return ratio.denominator, ratio.numerator
 
 
 def _at_least(wave: Tensor, samples: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Text rules of CosyVoice's front end: what is spelled out, what is dropped, where a paragraph is cut.
 
-Source: FunAudioLLM/CosyVoice cosyvoice/utils/frontend_utils.py @ ace7c47 (behaviour, not code).
+Source: FunAudioLLM/CosyVoice cosyvoice/utils/frontend_utils.py @ ace7c47 (behaviour, not code), except that the point
+of a decimal number is no full stop: that commit reads "3.5" as "3。5" in Chinese and as "three.five" in English.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Protocol
 
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
@@ -17,6 +17,9 @@ CLOSING_QUOTES = '"”'
 
 _SPELLED_SYMBOLS = str.maketrans({"²": "平方", "³": "立方"})
 _DROPPED_BRACKETS = str.maketrans("", "", "（）【】`")
+_DECIMAL_POINT = r"(?<=\d)\.(?=\d)"
+# A decimal number, or a run of digits; of 12.05.2024 or 1.2.3 each run by itself.
+_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)\d+\.\d+(?!\d|\.\d)|\d+")
 # A space survives between two ASCII characters that are no spaces themselves.
 _BLANK_TO_DROP = re.compile(r"(?<![\x00-\x1f!-\x7f]) | (?![\x00-\x1f!-\x7f])")
 
@@ -25,7 +28,7 @@ class NumberSpeller(Protocol):
     """What is used of `inflect.engine()`."""
 
     def number_to_words(self, num: str) -> str:
-        """Spell a number: "12" -> "twelve"."""
+        """Spell a number: "12" -> "twelve", "3.5" -> "three point five"."""
 
 
 def contains_chinese(text: str) -> bool:
@@ -48,18 +51,22 @@ def replace_blank(text: str) -> str:
     return _BLANK_TO_DROP.sub("", text)
 
 
+def replace_full_stop(text: str) -> str:
+    """Write each full stop as a Chinese one; the point of a decimal number stays."""
+    return re.sub(rf"(?!{_DECIMAL_POINT})\.", "。", text)
+
+
 def spell_out_number(text: str, inflect_parser: NumberSpeller) -> str:
-    """Replace each run of digits by its English words.
+    """Replace each number by its English words.
 
     Args:
         text: any text.
         inflect_parser: `inflect.engine()`.
 
     Returns:
-        The text with "12" as "twelve"; everything else unchanged.
+        The text with "12" as "twelve" and "3.50" as "three point five zero"; everything else unchanged.
     """
-    runs = ((is_number, "".join(run)) for is_number, run in groupby(text, key=str.isdigit))
-    return "".join(inflect_parser.number_to_words(run) if is_number else run for is_number, run in runs)
+    return _NUMBER.sub(lambda number: inflect_parser.number_to_words(number[0]), text)
 
 
 def is_only_punctuation(text: str) -> bool:
@@ -80,7 +87,7 @@ def split_paragraph(
 
     Sentences are joined until the next one would exceed `token_max_n` while the piece already has more than
     `token_min_n`; a last piece under `merge_len` joins the one before. Of several marks in a row the first stays, and
-    a closing quote belongs to the sentence before it.
+    a closing quote belongs to the sentence before it. The point of a decimal number is no mark.
 
     Args:
         text: the paragraph; a final mark is added where it has none.
@@ -100,7 +107,8 @@ def split_paragraph(
         text += "。" if lang == "zh" else "."
 
     sentences: list[str] = []
-    for words, mark, quote in re.findall(f"([^{marks}]*)([{marks}])([{CLOSING_QUOTES}]?)", text):
+    sentence = f"((?:{_DECIMAL_POINT}|[^{marks}])*)([{marks}])([{CLOSING_QUOTES}]?)"
+    for words, mark, quote in re.findall(sentence, text):
         if words:
             sentences.append(words + mark)
         if quote and sentences:

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -37,6 +37,9 @@ REQUIRED_FILES = (CONFIG_FILE, *WEIGHT_FILES.values(), SPEAKER_MODEL_FILE, SPEEC
 COUNTS = ("epoch", "step")
 SHOWN_NAMES = 5  # state-dict keys a message lists before it only counts
 GIT_LFS_POINTER = b"version https://git-lfs"
+
+# The released hift.pt was saved with the older of torch's two weight norms, which names its tensors otherwise.
+WEIGHT_NORM_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
 class ModelSizes(NamedTuple):
@@ -196,6 +199,8 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 def load_state(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Put a state dict into a module; every key and shape must agree.
 
+    Weight norms may have the names of `torch.nn.utils.weight_norm` or those of its successor in `parametrizations`.
+
     Args:
         module: takes the weights, converted to its own dtype and device.
         weights: {name: tensor}.
@@ -205,6 +210,7 @@ def load_state(module: nn.Module, weights: dict[str, Tensor], source: str | Path
         ValueError: keys or shapes disagree (the message counts them, and lists the first).
     """
     expected = module.state_dict()
+    weights = _with_weight_norm_names(weights, expected)
     differences = [
         _some("missing", [name for name in expected if name not in weights]),
         _some("unexpected", [name for name in weights if name not in expected]),
@@ -376,6 +382,16 @@ def _of_generator(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "generator."
     inner = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     return inner or weights
+
+
+def _with_weight_norm_names(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those of an older weight norm under the names that the module has for them."""
+    renamed = {}
+    for name, tensor in weights.items():
+        owner, dot, last = name.rpartition(".")
+        newer = f"{owner}{dot}{WEIGHT_NORM_NAMES.get(last, last)}"
+        renamed[newer if name not in expected and newer in expected and newer not in weights else name] = tensor
+    return renamed
 
 
 def _some(kind: str, names: Sequence[str]) -> str:

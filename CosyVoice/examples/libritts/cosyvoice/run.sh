@@ -40,6 +40,7 @@ DATA_URL="${DATA_URL:-https://www.openslr.org/resources/60}" # where <part>.tar.
 REMOVE_ARCHIVES="${REMOVE_ARCHIVES:-false}"             # remove <part>.tar.gz once it is unpacked
 NUM_THREAD="${NUM_THREAD:-8}"                           # threads that read recordings, in stages 1 and 2
 DEVICE="${DEVICE:-auto}"                                # of stages 2 and 4: auto, cpu, cuda, cuda:1
+BATCH_SIZE="${BATCH_SIZE:-}"                            # recordings at once in stage 2; empty takes the tool's
 NUM_UTTS_PER_PARQUET="${NUM_UTTS_PER_PARQUET:-1000}"    # utterances in a shard
 SKIP_INCOMPLETE="${SKIP_INCOMPLETE:-false}"             # leave what stages 1 and 2 failed on out of the shards
 NUM_JOBS="${NUM_JOBS:-10}"                              # processes that write shards
@@ -49,6 +50,7 @@ MODES="${MODES:-sft zero_shot}"                         # of inference
 MODELS="${MODELS:-llm flow hifigan}"                    # what stages 5 and 6 train and average
 FROM_SCRATCH="${FROM_SCRATCH:-false}"                   # begin with random weights, not with those of MODEL_DIR
 NUM_PROCESSES="${NUM_PROCESSES:-1}"                     # of training: one for each GPU
+NUM_WORKERS="${NUM_WORKERS:-2}"                         # processes that prepare batches, for each of training; 0: a thread
 DTYPE="${DTYPE:-fp32}"                                  # of training: fp32, bf16, fp16
 MAX_EPOCH="${MAX_EPOCH:-}"                              # passes over the data; empty takes the configuration's
 MAX_STEPS="${MAX_STEPS:-}"                              # at most so many training steps; empty sets no limit
@@ -108,6 +110,7 @@ tokenize_part() {
     gives "$DATA/$1/utt2speech_token.pt"
     clears "$DATA/$1/utt2speech_token.pt" "$DATA/$1/utt2speech_token.chunks"
     how --num_thread "$NUM_THREAD" --device "$DEVICE"
+    [[ -z "$BATCH_SIZE" ]] || how --batch_size "$BATCH_SIZE"
     step "stage2-$1" "$PYTHON" "$COSYVOICE/tools/extract_speech_token.py" --dir "$DATA/$1" \
         --onnx_path "$MODEL_DIR/speech_tokenizer_v1.onnx"
 }
@@ -166,7 +169,8 @@ train_model() {
     clears "$EXP/$1" "$WORK_DIR/tensorboard/$1"
     step "stage5-$1" "${python[@]}" "$COSYVOICE/cosyvoice/bin/train.py" --model "$1" --config "$CONFIG" \
         --train_data "$DATA/train.data.list" --cv_data "$DATA/dev.data.list" --model_dir "$EXP/$1" \
-        --tensorboard_dir "$WORK_DIR/tensorboard/$1" --dtype "$DTYPE" "${flags[@]}"
+        --tensorboard_dir "$WORK_DIR/tensorboard/$1" --num_workers "$NUM_WORKERS" --dtype "$DTYPE" \
+        "${flags[@]}"
 }
 
 average_model() {
@@ -212,6 +216,8 @@ main() {
     expect_words MODELS llm flow hifigan
     expect_words MODES sft zero_shot
     expect_number NUM_THREAD NUM_UTTS_PER_PARQUET NUM_JOBS NUM_PROCESSES AVERAGE_NUM
+    [[ -z "$BATCH_SIZE" ]] || expect_number BATCH_SIZE
+    [[ "$NUM_WORKERS" == 0 ]] || expect_number NUM_WORKERS
     find_python "$REPOSITORY"
     DATA="$WORK_DIR/data" EXP="$WORK_DIR/exp"
     mapfile -t TRAIN_PARTS < <(parts_like train)
