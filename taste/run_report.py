@@ -122,7 +122,8 @@ def write_run_report(
         measures[system] = measures_of(own) | dict((more_measures or {}).get(system, {}))
         sounds = own.get("sounds", {})
         for name, values in sounds.get("measures", {}).items():
-            measures[name] = {**measures.get(name, {}), **values}
+            whose = name if name in REFERENCES else system  # a run calls its own sounds by its variant
+            measures[whose] = {**measures.get(whose, {}), **values}
         skipped |= sounds.get("skipped", {})
         for note in sounds.get("notes", ()):
             notes.setdefault(note, []).append(title_of(system))

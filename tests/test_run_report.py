@@ -119,6 +119,14 @@ def test_a_report_of_several_runs_sets_their_sounds_and_figures_side_by_side(run
     assert table.count("skipped: needs ears") == 5
 
 
+def test_runs_of_any_name_have_their_sounds_measures_in_their_own_column(runs, tmp_path):
+    named = {"first": runs["taste"], "second": runs["taste_novq"]}
+    write_run_report(tmp_path, named, MODEL_DIR, "both", Found(Aligner(), "aligner"))
+    table = (tmp_path / "table.md").read_text()
+    assert "TASTE" not in table.splitlines()[0] and "first | second |" in table.splitlines()[0]
+    assert "| utterances with sound | 1 | 1 | 1 | 1 |" in table
+
+
 def test_an_unfinished_run_is_reported_with_what_it_has(tmp_path):
     page = write_run_report(tmp_path, {"taste": tmp_path / "nothing"}, MODEL_DIR, "none", NOBODY).read_text()
     assert "There are no test utterances in this report" in page
