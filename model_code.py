@@ -20,6 +20,7 @@ with everything saved).
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -113,6 +114,8 @@ RUN_NAME = None  # str: folder under EXP_DIR; none: the variant's name
 EXP_DIR = "exp"  # where runs lie
 LOSS_CURVE_PATH = None  # str: picture of the losses; none: loss_curve.png beside this script
 
+_PATIENCE = timedelta(days=1)  # of a process that waits for another one
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage.
@@ -161,7 +164,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         OutputBusyError: another process works on this run.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     device = pick_device(settings.device)
     if device.index is not None:
@@ -176,7 +179,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
     # precision and accumulation are the training loop's, whatever a launcher's configuration says
     once = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=once)
+    # the others wait while the main process lets the model speak and measures what it says, which may take an hour
+    patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", gradient_accumulation_plugin=once, kwargs_handlers=[patience]
+    )
     if accelerator.is_main_process:
         print(f"settings of {run_folder_of(settings)}:\n{settings.describe()}\n")
         print(f"on {describe_device(accelerator.device)}")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
-from taste.audio import duration_seconds
+from taste.audio import duration_seconds, read_audio
 from taste.extraction import describe_full_device
 from taste.failures import Failure, list_failures
 from taste.feature_store import (
@@ -54,7 +54,7 @@ from taste.settings import Settings, describe_device, parse_settings, pick_devic
 from taste.speaker import SpeakerEncoder
 from taste.text import tokenize
 from taste.utterance_features import Models, Outputs, Prepared, add_batch, prepare
-from taste.whisper_encoder import FRAMES_PER_SECOND, WhisperEncoder
+from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, WhisperEncoder
 
 # ---------------------------------------------------------------- settings: edit here, or --lower-case-name on the line
 JSONL = "json/train.jsonl"  # manifest; its name without .jsonl is the {split}
@@ -202,7 +202,8 @@ def note_models(settings: Settings, models: Models, outputs: Outputs) -> None:
 def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
     """Let utterances be done again whose transcript is another one than when they were done.
 
-    Recordings may have moved; one of another length than before under the same id is another recording.
+    Recordings may have moved; one of another length than before under the same id is another recording. Of those that
+    have moved and kept their transcripts, some from all parts are looked at.
 
     Args:
         utterances: of the manifest.
@@ -220,7 +221,10 @@ def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
         item for item in utterances if item.utt_id in known and known[item.utt_id]["audio_path"] != str(item.audio_path)
     ]
     with_other_text = {item.utt_id for item in changed}
-    others = [item for item in moved if item.utt_id in with_other_text or _lasts_otherwise(item, known[item.utt_id])]
+    others = [item for item in moved if item.utt_id in with_other_text]
+    with_same_text = [item for item in moved if item.utt_id not in with_other_text]
+    sample = with_same_text[:: math.ceil(len(with_same_text) / _MEASURED_RECORDINGS) or 1]
+    others += [item for item in sample if _lasts_otherwise(item, known[item.utt_id])]
     if others:
         first = known[others[0].utt_id]
         places = [place for writer in outputs for place in (writer.output_path, chunk_folder(writer.output_path))]
@@ -240,7 +244,10 @@ def forget_changed(utterances: Sequence[Utterance], outputs: Outputs) -> None:
 def _lasts_otherwise(utterance: Utterance, known: Mapping[str, Any]) -> bool:
     """Whether a recording has another length than the one that was done; not where it cannot be read."""
     try:
-        return abs(duration_seconds(utterance.audio_path) - known["duration_s"]) > _SAME_LENGTH_S
+        if abs(duration_seconds(utterance.audio_path) - known["duration_s"]) <= _SAME_LENGTH_S:
+            return False
+        found = read_audio(utterance.audio_path, SAMPLE_RATE_HZ)  # the header of an mp3 only estimates it
+        return abs(found.duration_seconds - known["duration_s"]) > _SAME_LENGTH_S
     except ValueError:
         return False  # it will be reported when its turn comes
 

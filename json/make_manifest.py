@@ -27,7 +27,7 @@ LIBRISPEECH = "LibriSpeech/train-clean-100"  # folder to read, with its speakers
 OUTPUT = "json/train.jsonl"  # manifest to write
 FOLDER = None  # str: folder of recordings with a .txt beside each, in place of LIBRISPEECH
 LANGUAGE = "en"  # noted with each utterance
-SENTENCE_CASE = True  # write texts that are all in capitals as sentences
+SENTENCE_CASE = True  # write English texts that are all in capitals as sentences
 OVERWRITE = False  # replace OUTPUT where it exists
 
 _AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
@@ -117,7 +117,7 @@ def read_folder(folder: Path) -> list[dict[str, str]]:
 
 
 def as_sentence(text: str) -> str:
-    """Write a text in capitals as a sentence; another one stays as it is.
+    """Write an English text of several words in capitals as a sentence; another one stays as it is.
 
     Args:
         text: such as "I SAID HE'D COME".
@@ -125,7 +125,7 @@ def as_sentence(text: str) -> str:
     Returns:
         such as "I said he'd come."; names lose their capitals, which nothing in the text tells.
     """
-    if not text.isupper():
+    if not text.isupper() or " " not in text:  # one word may be an acronym
         return text
     lower = re.sub(r"\bi\b", "I", text.lower())
     return lower[0].upper() + lower[1:] + ("" if lower[-1] in ".?!" else ".")
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if settings.sentence_case:
+    if settings.sentence_case and settings.language == "en":
         entries = [entry | {"text": as_sentence(entry["text"])} for entry in entries]
     lines = [json.dumps(entry | {"language": settings.language}, ensure_ascii=False) for entry in entries]
     with atomic_path(output) as temporary:

@@ -2,7 +2,6 @@
 
 import os
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +10,12 @@ import soundfile
 import torch
 import torchaudio.functional
 
+from cosyvoice.utils.audio import resampling_rates
 from taste.atomic import atomic_path
 
 # N samples
 SILENCE_PEAK = 1e-4  # -80 dB below full scale: three steps of 16-bit sound
 UNKNOWN_FRAMES = 2**62  # as many, or more, where a header does not say how many there are (a FLAC from a pipe)
-MOST_PHASES = 2_000  # of a resampling filter: ratios of rates that need more are rounded, by 3e-4 at most
 WAV_PROMISE = re.compile(r"^data\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)  # bytes, as libsndfile notes them
 HEADER_BYTES = 64  # which some recorders count as sound
 STREAMED_BYTES = 0x7FFFF000  # a WAV from a pipe promises as many, or more, or none: it did not know
@@ -59,8 +58,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Audio:
     if peak < SILENCE_PEAK:
         raise AudioError(f"{path}: the recording is silent (its peak is {peak:.1e} of full scale)")
     if file_rate_hz != sample_rate_hz:
-        ratio = Fraction(sample_rate_hz, file_rate_hz).limit_denominator(MOST_PHASES)
-        waveform = torchaudio.functional.resample(waveform, ratio.denominator, ratio.numerator)
+        waveform = torchaudio.functional.resample(waveform, *resampling_rates(file_rate_hz, sample_rate_hz))
     return Audio(waveform, sample_rate_hz, len(samples) / file_rate_hz)
 
 

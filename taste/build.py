@@ -16,7 +16,7 @@ from taste.fusion import build_fusion
 from taste.model import PARTS, VARIANTS, CosyVoiceS3Model
 from taste.quantizer import WordQuantizer
 from taste.settings import Settings
-from taste.taste_aggregator import TasteAggregator, start_from_whisper, whisper_prefix
+from taste.taste_aggregator import TasteAggregator, start_from_whisper
 
 
 @dataclass(frozen=True)
@@ -145,26 +145,24 @@ def build_together(
 
 
 def aggregator_from_whisper(
-    folder: Path, text_embedding: nn.Embedding, speech_width: int, taste_sizes: TasteSizes, language: str = "en"
+    folder: Path, text_embedding: nn.Embedding, speech_width: int, taste_sizes: TasteSizes
 ) -> TasteAggregator:
     """An aggregator with the sizes and the weights of a Whisper's decoder, but for its number of layers.
 
-    Its prefix asks for one language, which no checkpoint notes; `build_model` leaves it English, as published, for
-    recordings of any language.
+    Its prefix asks for English, as published, whatever is spoken.
 
     Args:
         folder: Whisper in transformers' format.
         text_embedding: the language model's; the aggregator has its own, which must know the same tokens.
         speech_width: channels of the Whisper features.
         taste_sizes: the number of layers.
-        language: that the prefix names, as `en`.
 
     Returns:
         the aggregator.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: its decoder does not fit, knows fewer tokens, or is not there; or Whisper knows no such language.
+        ValueError: its decoder does not fit, knows fewer tokens, or is not there.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -183,7 +181,6 @@ def aggregator_from_whisper(
         feed_forward=config["decoder_ffn_dim"],
         vocabulary=config["vocab_size"],
         max_positions=config["max_target_positions"],
-        prefix_tokens=whisper_prefix(language),
     )
     start_from_whisper(aggregator, folder)
     return aggregator

@@ -1,19 +1,18 @@
 """Trains all variants on the same data from the same seed, and sets what they reach side by side."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import taste
 from taste.checkpoint import write_json
 from taste.measure_table import PAPER
 from taste.model import VARIANTS
 from taste.plots import plot_comparison
+from taste.run_inputs import inputs_digest
 from taste.run_report import TABLE_FILE, measures_of, write_run_report
 from taste.settings import Settings
-from taste.variant_run import feature_paths, run_folder_of, run_variant
+from taste.variant_run import run_folder_of, run_variant
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,44 +75,22 @@ def finished_before(settings: Settings) -> dict[str, Any] | None:
         settings: of the run.
 
     Returns:
-        what its metrics.json holds; None where it was not finished, some measure was skipped for want of a package or a
-        model, it had other settings, or anything that it depends on is newer: features, model folder, the run that it
-        began with, this code.
+        what its metrics.json holds; None where it was not finished with these settings and with all that it depends on
+        as it is now (see `taste.run_inputs`), or where a measure was skipped for want of a package or a model.
     """
-    folder = run_folder_of(settings)
-    results_path = folder / "metrics.json"
     if settings.resume != "auto" or not settings.num_epochs:
         return None
     try:
-        results = json.loads(results_path.read_text(encoding="utf-8"))
-        as_then = json.loads((folder / "settings.json").read_text(encoding="utf-8")) == settings.to_dict()
-        newest = max(path.stat().st_mtime_ns for path in _depends_on(settings))
-        if not as_then or newest >= results_path.stat().st_mtime_ns:
-            return None
+        results = json.loads((run_folder_of(settings) / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    skipped = results.get("sounds", {}).get("skipped") or any(
-        isinstance(score, str) for score in results.get("controls", {}).values()
-    )
-    whole = results.get("history") and results["history"][-1]["epoch"] >= settings.num_epochs
-    return results if whole and not skipped else None
-
-
-def _depends_on(settings: Settings) -> Iterator[Path]:
-    """Files and folders whose change makes a run's results old."""
-    yield run_folder_of(settings) / "checkpoints" / "best.pt"
-    if settings.init_from:
-        yield Path(settings.init_from) / "checkpoints" / "best.pt"
-    places = [
-        *(path for split in ("train", "test") for path in astuple(feature_paths(settings, split)) if path is not None),
-        *(Path(settings.cosyvoice_model_dir).rglob("*")),
-        *(Path(settings.whisper_dir).rglob("*") if settings.whisper_dir else ()),
-        taste.REPOSITORY / "model_code.py",
-        *(taste.REPOSITORY / "taste").rglob("*.py"),
-        *(taste.REPOSITORY / "CosyVoice" / "cosyvoice").rglob("*.py"),
+    reasons = [
+        *results.get("sounds", {}).get("skipped", {}).values(),
+        *(score for score in results.get("controls", {}).values() if isinstance(score, str)),
     ]
-    for place in places:
-        yield from (path for path in (place, place.with_suffix(".chunks")) if path.exists())
+    if any(reason.startswith(("skipped", "not measured")) for reason in reasons):
+        return None
+    return results if results.get("made_with") == inputs_digest(settings, run_folder_of(settings)) else None
 
 
 def write_comparison(folder: Path, results: Mapping[str, dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -329,8 +329,9 @@ def real_frames(stored: int, units: int, duration_seconds: float | None) -> int:
 def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, UtteranceDataset, str]:
     """Split about a tenth off, for when there is no test set: whole speakers, or utterances where these are few.
 
-    Whether a speaker or an utterance is held out depends on its name alone, not on the others: data that grows leaves
-    each where it was, and a run that goes on with another's weights is not tested on what that one has learned from.
+    Whether a speaker (or an utterance) is held out depends on its name, not on the others, unless none would be. So
+    data that grows leaves each where it was, and a run that goes on with another's weights is not tested on what that
+    one has learned from; but for data that has speakers enough to hold whole ones out only since it has grown.
 
     Args:
         dataset: the utterances; at least two.

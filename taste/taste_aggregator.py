@@ -145,8 +145,7 @@ class TasteAggregator(nn.Module):
 
     The text is either given as embeddings, which `text_proj` brings to the speech's width, or as tokens, which have
     their own embedding here. The latter is what Whisper and the published model do: the tokens stand behind a prefix,
-    whose outputs are dropped again. The prefix names one language for all texts, English as published; Whisper's own
-    decoder finds other languages better behind theirs (`whisper_prefix`).
+    whose outputs are dropped again. The prefix names English for all texts, as published.
 
     Args:
         text_width: channels of the text embeddings; without effect where there is a vocabulary.
@@ -306,26 +305,6 @@ class TasteAggregator(nn.Module):
         real = valid_mask(speech_lengths, final.shape[1])
         real = real | ~real.any(dim=1, keepdim=True)  # a recording without frames sees its padding: nothing is nan
         return real[:, None, None, :]
-
-
-def whisper_prefix(language: str = "en") -> tuple[int, ...]:
-    """The tokens that stand before a text in Whisper-large-v3's decoder.
-
-    Args:
-        language: of the recording, as Whisper's tokens name it: `en`, `zh`.
-
-    Returns:
-        WHISPER_PREFIX, with that language.
-
-    Raises:
-        ValueError: Whisper does not know the language.
-    """
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    if language not in LANGUAGES:
-        raise ValueError(f"Whisper knows no language {language!r}; expected one of {', '.join(LANGUAGES)}")
-    start, first_language, *rest = WHISPER_PREFIX
-    return (start, first_language + list(LANGUAGES).index(language), *rest)
 
 
 def start_from_whisper(aggregator: TasteAggregator, whisper_dir: str | os.PathLike[str]) -> list[str]:

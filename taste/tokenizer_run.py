@@ -13,6 +13,7 @@ from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
 from taste.manifest import Utterance, read_manifest
+from taste.provenance import file_digest
 from taste.settings import Settings
 from taste.shown import sampling_of
 from taste.tokenizer import SpeechCodes, TasteTokenizer
@@ -21,7 +22,7 @@ from taste.variant_run import run_folder_of
 
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
 HOW_FILE = "made_with.json"  # in DECODED_FOLDER: how its sounds were made
-_HOW = ("cosyvoice_model_dir", "sampling", "top_k", "least_units_per_token", "most_units_per_token", "seed")
+_HOW = ("sampling", "top_k", "least_units_per_token", "most_units_per_token", "seed")
 
 
 def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
@@ -135,7 +136,9 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
             "What is not in the manifest any more stays when recordings are encoded anew: remove it"
         )
     written = run_folder_of(settings) / DECODED_FOLDER
-    kept = _spoken_before(written, all_spoken, {name: settings.to_dict()[name] for name in _HOW}, tokenizer)
+    vocoders = {name: file_digest(Path(settings.cosyvoice_model_dir) / f"{name}.pt") for name in ("flow", "hift")}
+    how = {"codes": str(folder.resolve()), "model": tokenizer.fingerprint, **vocoders}
+    kept = _spoken_before(written, all_spoken, how | {name: settings.to_dict()[name] for name in _HOW})
     for path, spoken in tqdm(all_spoken.items(), desc="decoding", unit="utt", dynamic_ncols=True, disable=None):
         _leave_if_asked(stop_requested)
         if path in kept:
@@ -149,11 +152,8 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
     print(f"{len(paths)} wav files" + (f" ({len(kept)} of them from before)" if kept else "") + f" in {written}")
 
 
-def _spoken_before(
-    folder: Path, all_spoken: Mapping[Path, SpeechCodes], how: dict[str, object], tokenizer: TasteTokenizer
-) -> set[Path]:
+def _spoken_before(folder: Path, all_spoken: Mapping[Path, SpeechCodes], how: dict[str, object]) -> set[Path]:
     """The files of codes whose sounds are there already; notes how those that follow are made."""
-    how = how | {"model": tokenizer.fingerprint}
     note = folder / HOW_FILE
     try:
         same = json.loads(note.read_text(encoding="utf-8")) == how

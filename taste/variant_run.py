@@ -23,6 +23,7 @@ from taste.plots import plot_losses
 from taste.pretrained_parts import take_parts
 from taste.provenance import changed_models, noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
+from taste.run_inputs import inputs_digest
 from taste.run_report import write_run_report
 from taste.scoring import evaluate
 from taste.settings import Settings
@@ -112,6 +113,8 @@ def run_variant(
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
             if settings.num_epochs or not (run_folder / "settings.json").is_file():  # of the training, where one was
                 settings.save(run_folder / "settings.json")
+            if settings.num_epochs:
+                results["made_with"] = inputs_digest(settings, run_folder)
             write_json(run_folder / "metrics.json", results)
             write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
             print(summary(results, run_folder))
@@ -177,7 +180,7 @@ def open_data(
         FileNotFoundError: a feature file is missing.
         ValueError: nothing usable, features of another model, or without the words that the variant needs.
     """
-    train_paths, test_paths = feature_paths(settings, "train"), feature_paths(settings, "test")
+    train_paths, test_paths = _feature_paths(settings, "train"), _feature_paths(settings, "test")
     train_set = None
     if not (only_test and has_test_set(settings)):
         check_origin(train_paths, settings.cosyvoice_model_dir)
@@ -241,7 +244,7 @@ def has_test_set(settings: Settings) -> bool:
     Returns:
         True where units or text embeddings are there.
     """
-    paths = feature_paths(settings, "test")
+    paths = _feature_paths(settings, "test")
     return features_exist(paths.units) or features_exist(paths.text)
 
 
@@ -571,16 +574,7 @@ def _sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]
             lock.release()
 
 
-def feature_paths(settings: Settings, split: str) -> FeaturePaths:
-    """Where the features of a split are.
-
-    Args:
-        settings: the paths; of text_only, those of Whisper features are not needed.
-        split: train or test.
-
-    Returns:
-        the paths.
-    """
+def _feature_paths(settings: Settings, split: str) -> FeaturePaths:
     values = {name: Path(path) for name, path in settings.to_dict().items() if name.startswith(f"{split}_utt2")}
     info = values[f"{split}_utt2info_path"]
     return FeaturePaths(

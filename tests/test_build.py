@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from taste.batch import collate
-from taste.build import TasteSizes, aggregator_from_whisper, build_model
-from taste.taste_aggregator import WHISPER_PREFIX, whisper_prefix
+from taste.build import TasteSizes, build_model
 from tests.small_model_folder import TEXT_TOKENS, write_small_model_folder
 from tests.small_stage3 import TASTE_SIZES, random_examples
 from tests.small_whisper import write_small_whisper
@@ -44,13 +43,6 @@ def test_an_aggregator_may_start_from_whispers_decoder(folder):
     together = model.eval()(collate(examples)).loss_sums
     for row, example in enumerate(examples):
         torch.testing.assert_close(together[[row]], model(collate([example])).loss_sums, rtol=1e-5, atol=1e-5)
-
-
-def test_the_language_that_whispers_decoder_is_asked_in_is_english_where_none_is_named(folder):
-    embedding = torch.nn.Embedding(TEXT_TOKENS, WIDTH)
-    given = (folder / "whisper", embedding, WIDTH, FROM_WHISPER)
-    assert aggregator_from_whisper(*given).prefix_tokens == WHISPER_PREFIX
-    assert aggregator_from_whisper(*given, "zh").prefix_tokens == whisper_prefix("zh")
 
 
 def test_another_whisper_folder_can_be_named(folder, tmp_path):

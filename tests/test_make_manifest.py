@@ -57,7 +57,8 @@ def test_a_missing_recording_or_folder_is_named(
     ("text", "sentence"),
     [
         ("I SAID HE'D COME IF I'D LET HIM", "I said he'd come if I'd let him."),
-        ("WHAT?", "What?"),
+        ("SO WHAT?", "So what?"),
+        ("NASA", "NASA"),
         ("Already a sentence", "Already a sentence"),
         ("那很不明智", "那很不明智"),
     ],

@@ -186,7 +186,7 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
 
 
-def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys):
+def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys, monkeypatch):
     options = {"variant": "all", "num_epochs": 1, "negative_controls": False}
     finished = "finished before, in "
 
@@ -202,13 +202,30 @@ def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys):
     (work.folder / "exp" / "all" / "taste_novq" / "metrics.json").unlink()  # stopped before its end
     assert again() == 3
     work.test.speech.touch()
-    assert again() == 1  # text_only does not read it
+    assert again() == 0
     options["top_k"] = 5
+    assert again() == 0
+    assert again() == 4
+    one = {"variant": "simple", "run_name": "simple", "exp_dir": work.folder / "exp" / "all", "num_epochs": 0}
+    assert work.run(**options | one) == 0
+    assert again() == 3  # that may have been of another test set
+    options["top_k"] = 6
+    with monkeypatch.context() as dying:  # once it has noted its settings
+
+        def killed(*_):
+            raise OSError("killed here")
+
+        dying.setattr("taste.variant_run.listen", killed)
+        assert work.run(**options) == 1
     assert again() == 0
     metrics = work.folder / "exp" / "all" / "simple" / "metrics.json"
     content = json.loads(metrics.read_text())
-    metrics.write_text(json.dumps(content | {"sounds": {"skipped": {"word_error": "needs pocketsphinx"}}}))
+    metrics.write_text(json.dumps(content | {"sounds": {"skipped": {"word_error": "skipped: needs pocketsphinx"}}}))
     assert again() == 3
+    content = json.loads(metrics.read_text())
+    unmoved = {"skipped": {"f0_correlation": "none: no system has a voice that moves"}}
+    metrics.write_text(json.dumps(content | {"sounds": unmoved}))
+    assert again() == 4
 
 
 def test_a_comparison_stopped_in_any_variant_equals_one_left_alone(work, monkeypatch):
