@@ -49,11 +49,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_json(path.with_suffix(".json"), checkpoint.notes)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the `.pt`.
+        mapped: weights are read from the disk when they are used: for a look at the notes.
 
     Returns:
         its content, on the CPU.
@@ -66,7 +67,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.pt"))) or "no checkpoint"
         raise FileNotFoundError(f"there is no checkpoint {path} ({path.parent} holds {near})")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return Checkpoint(content["weights"], content["optimizer"], json.loads(content["notes"]))
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

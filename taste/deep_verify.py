@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from taste.audio import read_audio
+from taste.settings import describe_device
 from taste.verify import Check
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ def describe_machine(device: torch.device) -> str:
     """
     import onnxruntime
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     providers = ", ".join(onnxruntime.get_available_providers())
-    return f"{device} ({name}), torch {torch.__version__}, onnxruntime {onnxruntime.__version__} with {providers}"
+    return (
+        f"{describe_device(device)}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__} with {providers}"
+    )
 
 
 def deep_verify(

@@ -1,26 +1,25 @@
 """Refuses features that were made with other models than the model folder of a run: they would mean something else."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
 from taste.data import FeaturePaths
 from taste.provenance import changed_models, digest, file_digest, noted_models
 
-_FILES = {
-    "speech_tokenizer": "speech_tokenizer_v1.onnx",
-    "speaker_model": "campplus.onnx",
-}  # by their notes
+# by their names in the notes
+_FILES = {"speech_tokenizer": "speech_tokenizer_v1.onnx", "speaker_model": "campplus.onnx"}
 _OF_WHISPER = ("whisper", "mid_layer")
 
 
-def check_origin(paths: FeaturePaths, model_dir: str | Path) -> None:
+def check_origin(splits: Sequence[FeaturePaths], model_dir: str | Path) -> None:
     """Hold what stages 1 and 2 noted beside their features against a model folder.
 
     S3 units of another tokenizer have the same numbers, and text embeddings of another language model the same width,
     but another meaning: a training on them goes well and learns nonsense.
 
     Args:
-        paths: the features of a split. Those without a note, as of other scripts, are taken as they are.
+        splits: the features of each. Those without a note, as of other scripts, are taken as they are.
         model_dir: the model folder.
 
     Raises:
@@ -28,18 +27,21 @@ def check_origin(paths: FeaturePaths, model_dir: str | Path) -> None:
         FileNotFoundError: the folder lacks its language model.
     """
     folder = ModelDir(model_dir)
-    noted = (noted_models(paths.units) or {}) | ((noted_models(paths.info) or {}) if paths.info else {})
+    notes = [_noted(paths) for paths in splits]
     now: dict[str, object] = {
-        name: file_digest(folder.file(file)) for name, file in _FILES.items() if folder.file(file).is_file()
+        name: file_digest(folder.file(file))
+        for name, file in _FILES.items()
+        if any(name in noted for noted in notes) and folder.file(file).is_file()
     }
-    if "text_embedding" in noted:
+    if any("text_embedding" in noted for noted in notes):
         now["text_embedding"] = digest([text_embedding_table(folder)])
-    if changed := changed_models(noted, now):
-        raise ValueError(
-            f"the features {paths.units} and {paths.text} were not made with {model_dir} ({changed}); make them again, "
-            f"to other places or after removing these: python utt2text_and_feature.py --model-dir {model_dir} "
-            f"--jsonl <manifest>, and bash s3.sh --model-dir {model_dir}"
-        )
+    for paths, noted in zip(splits, notes, strict=True):
+        if changed := changed_models(noted, now):
+            raise ValueError(
+                f"the features {paths.units} and {paths.text} were not made with {model_dir} ({changed}); make them "
+                "again, to other places or after removing these: python utt2text_and_feature.py --model-dir "
+                f"{model_dir} --jsonl <manifest>, and bash s3.sh --model-dir {model_dir}"
+            )
 
 
 def check_same_hearing(train_paths: FeaturePaths, test_paths: FeaturePaths) -> None:
@@ -63,3 +65,9 @@ def check_same_hearing(train_paths: FeaturePaths, test_paths: FeaturePaths) -> N
             f"Whisper features for training and for test were made differently ({changed}: training, test); make "
             f"{test_paths.speech} again as {train_paths.speech} was made"
         )
+
+
+def _noted(paths: FeaturePaths) -> dict[str, object]:
+    """What both stages noted; empty where neither did."""
+    of_others = noted_models(paths.info) if paths.info else None
+    return (noted_models(paths.units) or {}) | (of_others or {})

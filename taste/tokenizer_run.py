@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cosyvoice.utils.model_dir import ModelDir
 from taste.atomic import atomic_path
 from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
+from taste.followed import followed
 from taste.manifest import Utterance, read_manifest
 from taste.provenance import file_digest
 from taste.settings import Settings
@@ -75,7 +77,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
     tokenizer = open_tokenizer(settings, device)
     folder = codes_folder(settings)
     failures, words, seconds, kept = [], 0, 0.0, 0
-    for utterance in tqdm(utterances, desc="encoding", unit="utt", dynamic_ncols=True, disable=None):
+    for utterance in followed(utterances, "encoding", "utterances"):
         _leave_if_asked(stop_requested)
         path = folder / f"{utterance.utt_id}.json"
         if spoken := _written_before(path, utterance, tokenizer):
@@ -136,10 +138,11 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
             "What is not in the manifest any more stays when recordings are encoded anew: remove it"
         )
     written = run_folder_of(settings) / DECODED_FOLDER
-    vocoders = {name: file_digest(Path(settings.cosyvoice_model_dir) / f"{name}.pt") for name in ("flow", "hift")}
+    model_dir = ModelDir(settings.cosyvoice_model_dir).check(("flow.pt", "hift.pt"))
+    vocoders = {name: file_digest(model_dir.file(f"{name}.pt")) for name in ("flow", "hift")}
     how = {"codes": str(folder.resolve()), "model": tokenizer.fingerprint, **vocoders}
     kept = _spoken_before(written, all_spoken, how | {name: settings.to_dict()[name] for name in _HOW})
-    for path, spoken in tqdm(all_spoken.items(), desc="decoding", unit="utt", dynamic_ncols=True, disable=None):
+    for path, spoken in followed(all_spoken.items(), "decoding", "utterances"):
         _leave_if_asked(stop_requested)
         if path in kept:
             continue

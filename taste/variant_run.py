@@ -90,7 +90,7 @@ def run_variant(
     say(describe_model(model))
 
     with _sole_writer(run_folder, accelerator):
-        checkpoint = find_checkpoint(settings, run_folder)
+        checkpoint = find_checkpoint(settings, run_folder) if settings.num_epochs else evaluated
         origin = {} if checkpoint else give_first_weights(settings, model, train_set, say)
         if settings.num_epochs:
             results = train(
@@ -111,10 +111,10 @@ def run_variant(
         results |= listen(settings, model, test_set, accelerator, say, stop_requested)
         if accelerator.is_main_process:
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
-            if settings.num_epochs or not (run_folder / "settings.json").is_file():  # of the training, where one was
-                settings.save(run_folder / "settings.json")
             if settings.num_epochs:
                 results["made_with"] = inputs_digest(settings, run_folder)
+            elif not (run_folder / "checkpoints").is_dir():  # else they are those of the training
+                settings.save(run_folder / "settings.json")
             write_json(run_folder / "metrics.json", results)
             write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
             print(summary(results, run_folder))
@@ -147,7 +147,7 @@ def as_trained(settings: Settings, checkpoint_path: Path, say: Callable[[str], N
     Raises:
         ValueError: the checkpoint is of another variant.
     """
-    notes = load_checkpoint(checkpoint_path).notes
+    notes = load_checkpoint(checkpoint_path, mapped=True).notes
     then = notes["settings"] | {"use_speaker": notes["use_speaker"]}
     if then["variant"] != settings.variant:
         raise ValueError(
@@ -181,14 +181,15 @@ def open_data(
         ValueError: nothing usable, features of another model, or without the words that the variant needs.
     """
     train_paths, test_paths = _feature_paths(settings, "train"), _feature_paths(settings, "test")
+    tested = has_test_set(settings)
+    learned = not (only_test and tested)
+    check_origin([*([train_paths] if learned else []), *([test_paths] if tested else [])], settings.cosyvoice_model_dir)
     train_set = None
-    if not (only_test and has_test_set(settings)):
-        check_origin(train_paths, settings.cosyvoice_model_dir)
+    if learned:
         train_set = open_dataset(train_paths, model_sizes)
         say(train_set.selection.describe("training set"))
-    if has_test_set(settings):
-        check_origin(test_paths, settings.cosyvoice_model_dir)
-        if train_set is not None:
+    if tested:
+        if learned:
             check_same_hearing(train_paths, test_paths)
         test_set = open_dataset(test_paths, model_sizes)
         say(test_set.selection.describe("test set"))

@@ -22,7 +22,7 @@ def hift(golden_dir) -> HiFTGenerator:
 
 
 def with_older_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `torch.nn.utils.weight_norm` names them, which the released hift.pt was saved with."""
+    """As `torch.nn.utils.weight_norm` names them, which the published code used at first."""
     older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     renamed = {}
     for name, tensor in weights.items():

@@ -292,12 +292,16 @@ def test_a_grown_manifest_computes_only_its_new_lines(
     assert "this run: 0 utterances" in capsys.readouterr().out
 
 
+def _first_rows(corpus: Path, count: int) -> list[dict[str, Any]]:
+    """Lines of a manifest, with paths that are good anywhere."""
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:count]]
+    return [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
+
+
 def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
     tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:4]]
-    rows = [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
-    manifest, output = tmp_path / "train.jsonl", tmp_path / "out"
+    rows, manifest, output = _first_rows(corpus, 4), tmp_path / "train.jsonl", tmp_path / "out"
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert _run(manifest, model_dir, output) == 0
     before = _features(output)
@@ -338,9 +342,7 @@ def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
 def test_recordings_may_move_but_not_be_others(
     tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:4]]
-    rows = [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
-    manifest, output = tmp_path / "train.jsonl", tmp_path / "out"
+    rows, manifest, output = _first_rows(corpus, 4), tmp_path / "train.jsonl", tmp_path / "out"
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert _run(manifest, model_dir, output) == 0
     moved = tmp_path / "moved.wav"

@@ -38,7 +38,7 @@ COUNTS = ("epoch", "step")
 SHOWN_NAMES = 5  # state-dict keys a message lists before it only counts
 GIT_LFS_POINTER = b"version https://git-lfs"
 
-# The released hift.pt was saved with the older of torch's two weight norms, which names its tensors otherwise.
+# The published code saved with the older of torch's two weight norms at first, which names its tensors otherwise.
 WEIGHT_NORM_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
