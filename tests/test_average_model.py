@@ -40,6 +40,26 @@ def test_the_epochs_with_the_lowest_loss_are_averaged(training: Path) -> None:
     assert mean["counter"].item() == 1
 
 
+def test_a_folder_of_the_published_trainer_is_averaged_alike(training: Path) -> None:
+    wanted = average(training, "--num", "2", "--val_best")
+    for epoch in range(len(LOSSES)):
+        weights = torch.load(training / f"epoch_{epoch}.pt", weights_only=True)
+        torch.save({**weights, "epoch": epoch, "step": 10 * epoch}, training / f"epoch_{epoch}_whole.pt")
+        (training / f"epoch_{epoch}.pt").unlink()
+        tensor = (  # as the published trainer writes the norm of a gradient
+            "grad_norm: !!python/object/apply:torch._utils._rebuild_tensor_v2\n"
+            "- !!python/object/apply:torch.storage._load_from_bytes\n  - !!binary |\n    gAKKCmz8nEY=\n"
+            "- 0\n- !!python/tuple []\n- !!python/tuple []\n- false\n"
+            "- !!python/object/apply:collections.OrderedDict\n  - []\n"
+        )
+        losses = (training / f"epoch_{epoch}.yaml").read_text()
+        (training / f"epoch_{epoch}.yaml").unlink()
+        (training / f"epoch_{epoch}_whole.yaml").write_text(tensor + losses)
+    mean = average(training, "--num", "2", "--val_best")
+    assert mean.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in mean.items())
+
+
 def test_the_last_epochs_are_averaged_where_the_best_are_not_asked_for(training: Path) -> None:
     assert torch.equal(average(training, "--num", "2")["matrix"], torch.full((2, 3), 2.5))
 
@@ -62,6 +82,14 @@ def test_losses_with_discriminators_are_not_compared_with_those_before(training:
             lambda folder: torch.save({"other": torch.zeros(1)}, folder / "epoch_2.pt"),
             ["--num", "3"],
             "two models: 4 weights differ",
+        ),
+        (
+            lambda folder: [
+                (folder / f"epoch_2_whole{end}").write_bytes((folder / f"epoch_2{end}").read_bytes())
+                for end in (".pt", ".yaml")
+            ],
+            ["--num", "1"],
+            "has epoch 2 of two trainings",
         ),
     ],
 )

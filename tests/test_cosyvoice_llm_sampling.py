@@ -1,4 +1,5 @@
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cosyvoice.utils.common import (
     set_all_random_seed,
     th_accuracy,
 )
+from cosyvoice.utils.config import load_config
 
 
 def as_before_striking(log_prob: Tensor) -> Tensor:
@@ -34,6 +36,23 @@ def test_sampled_tokens_are_those_of_the_reference(golden_cases, index):
 
 def test_the_reference_cases_hold_repeated_tokens(golden_cases):
     assert sum(bool(case["logp"].isinf().any()) for case in golden_cases["sampling"]) >= 3
+
+
+def test_a_file_without_sampling_draws_as_one_that_names_it_and_says_so(golden_dir, tmp_path, caplog):
+    text = (golden_dir / "small_cosyvoice.yaml").read_text()
+    without, count = re.subn(r"    sampling: !name:(.*\n)+?\n", "\n", text)
+    assert count == 1
+    tokens = []
+    for name, content in (("with", text), ("without", without)):
+        assert not caplog.records
+        (tmp_path / name).write_text(content)
+        lm = load_config(tmp_path / name, ["llm"])["llm"]
+        torch.manual_seed(0)
+        tokens.append([])
+        for _ in range(200):
+            tokens[-1].append(lm.sampling(torch.randn(30), tokens[-1], 25))
+    assert tokens[0] == tokens[1]
+    assert [record.getMessage()[:25] for record in caplog.records] == ["llm has no `sampling`, as"]
 
 
 def test_a_nucleus_is_the_shortest_run_that_holds_top_p_and_at_most_top_k():

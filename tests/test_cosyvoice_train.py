@@ -21,6 +21,7 @@ from cosyvoice.bin import train
 from cosyvoice.utils import executor
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import load_state
+from cosyvoice.utils.published_flags import without_groups
 from cosyvoice.utils.scheduler import ConstantLR
 from cosyvoice.utils.train_log import TrainLog
 
@@ -334,6 +335,47 @@ def test_a_gan_starts_from_the_older_weight_norms_names(tmp_path: Path, prefix: 
         assert_same(weights, taken)
 
 
+PUBLISHED_FLAGS = (  # of examples/libritts/cosyvoice/run.sh @ ace7c47, but for those of paths
+    *("--train_engine", "torch_ddp", "--ddp.dist_backend", "nccl", "--num_workers", "0", "--prefetch", "100"),
+    *("--pin_memory", "--use_amp", "--deepspeed_config", "./conf/ds_stage2.json"),
+    *("--deepspeed.save_states", "model+optimizer"),
+)
+
+
+def test_a_published_command_trains_in_bfloat16_and_says_what_it_ignores(tmp_path: Path, capsys) -> None:
+    flags = [*PUBLISHED_FLAGS, "--timeout", "300", "--max_steps", "2"]
+    assert run(tmp_path / "published", "llm", *flags) == 0
+    out = capsys.readouterr().out
+    assert "parameters, bf16, on" in out
+    ignored = "--dist_backend, --pin_memory, --timeout, --deepspeed_config, --save_states"
+    assert f"ignored, as nothing here needs them: {ignored}" in out
+    assert run(tmp_path / "own", "llm", "--dtype", "bf16", "--max_steps", "2") == 0
+    assert "ignored" not in capsys.readouterr().out
+    assert_same(state_of(tmp_path / "published"), state_of(tmp_path / "own"))
+
+
+def test_published_flags_may_have_dashes() -> None:
+    words = without_groups(["--train-engine", "x", "--ddp.dist-backend=gloo", "--deepspeed.save-states", "a--ddp.b"])
+    settings = train.parse_settings(train.__file__, vars(train), words)
+    assert (settings.train_engine, settings.dist_backend, settings.save_states) == ("x", "gloo", "a--ddp.b")
+
+
+def test_a_released_folders_vocoder_stands_for_the_hifigan_that_published_commands_ask_for(
+    tmp_path: Path, capsys
+) -> None:
+    assert run(tmp_path / "first", "hifigan", "--max_steps", "1") == 0
+    (tmp_path / "released").mkdir()
+    weights = torch.load(tmp_path / "first" / "init.pt", weights_only=True)
+    generator = {name[10:]: value for name, value in weights.items() if name.startswith("generator.")}
+    torch.save(generator, tmp_path / "released" / "hift.pt")
+    asked = ["--checkpoint", str(tmp_path / "released" / "hifigan.pt"), "--max_steps", "1"]
+    assert run(tmp_path / "second", "hifigan", *asked) == 0
+    assert f"initial weights of the generator from {tmp_path / 'released' / 'hift.pt'}" in capsys.readouterr().out
+    (tmp_path / "released" / "hift.pt").unlink()
+    assert run(tmp_path / "third", "hifigan", *asked) == 1
+    assert "hifigan.pt: there is no such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -341,6 +383,8 @@ def test_a_gan_starts_from_the_older_weight_norms_names(tmp_path: Path, prefix: 
         (["--train_data", "/nowhere/data.list"], "there is no such file"),
         (["--checkpoint", "/nowhere/llm.pt"], "there is no such file"),
         (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--train_engine", "deepspeed"], "--train_engine deepspeed: only torch_ddp is here. Leave it out"),
+        (["--use_amp", "--dtype", "fp16"], "--use_amp is --dtype bf16, and --dtype is fp16"),
         (["--max_steps", "0"], "max_steps is 0"),
         (["--prefetch", "0", "--ema_decay", "1"], "--prefetch is 0, wanted 1 or more; --ema_decay is 1.0"),
     ],

@@ -1,6 +1,7 @@
 """Training batches: the same from the same seed, epoch and rank; cut, padded and counted right; errors that name."""
 
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,16 @@ def test_a_rate_that_shares_no_factor_with_the_models_takes_no_filter_of_gigabyt
 
 
 def test_frames_of_tokens_hears_no_sound_and_checks_the_tokens() -> None:
-    def frames(tokens: list[int] | None) -> dict[str, Any]:
-        sample = {"utt": "a", "src": "shard", "audio_data": b"no sound", "speech_token": tokens, "text_token": [1]}
-        return next(iter(processor.frames_of_tokens([sample], sample_rate=22050, hop_size=256)))
+    dropped: Counter[str] = Counter()
 
-    sample = frames([7] * 100)  # two seconds
+    def frames(tokens: list[int] | None) -> list[dict[str, Any]]:
+        sample = {"utt": "a", "src": "shard", "audio_data": b"no sound", "speech_token": tokens, "text_token": [1]}
+        return list(processor.frames_of_tokens([sample], sample_rate=22050, hop_size=256, dropped=dropped))
+
+    (sample,) = frames([7] * 100)  # two seconds
     assert sample["speech_feat"].shape == (172, 0) and "audio_data" not in sample
-    for wrong in ([], None, [4096], [-1]):
+    assert frames([]) == frames(None) == [] and dropped == {"no speech tokens": 2}
+    for wrong in ([4096], [-1]):
         with pytest.raises(DataError, match=r"a.*speech tokens"):
             frames(wrong)
 
@@ -253,14 +257,62 @@ def changed_shard(data_list: Path, folder: Path, **columns: Any) -> Path:
     return folder / "data.list"
 
 
+def large_shard(data_list: Path, folder: Path, rows: int, mistaken: int) -> Path:
+    """A list of one shard with so many rows, the last of which have another recording's speech tokens."""
+    table = pq.read_table(data_list.read_text().splitlines()[0])
+    row = table.to_pylist()[0]
+    made = [{**row, "utt": f"row{number:03d}"} for number in range(rows)]
+    for late in made[rows - mistaken :]:
+        late["speech_token"] = [1] * 5
+    pq.write_table(pa.Table.from_pylist(made, schema=table.schema), folder / "shard.tar")
+    (folder / "data.list").write_text(f"{folder / 'shard.tar'}\n")
+    return folder / "data.list"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([], "no speech tokens"),  # published shards have these of recordings over 30 s
+        (None, "no speech tokens"),
+        ([1] * 5, "speech tokens of another length"),
+    ],
+)
+def test_one_utterance_without_speech_tokens_of_its_own_is_dropped_and_counted(
+    data_list: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokens: list[int] | None, reason: str
+) -> None:
+    dataset = Dataset(changed_shard(data_list, tmp_path, speech_token=tokens), pipeline(), shuffle=False)
+    assert sorted(names(list(dataset))) == ["utt00", "utt02"]
+    assert dataset.dropped == {reason: 1}
+    assert f"2 of 3 utterances; dropped: 1 with {reason}" in caplog.text
+    assert ("utterance 'utt01': its 5 speech tokens last 0.10 s and its sound 0.70 s" in caplog.text) == bool(tokens)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("rows", "mistaken", "refused"), [(20, 10, False), (120, 11, False), (60, 11, True)])
+def test_many_utterances_of_a_shard_with_tokens_of_other_recordings_are_an_error(
+    data_list: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rows: int,
+    mistaken: int,
+    refused: bool,
+    cache: bool,
+) -> None:
+    dataset = Dataset(large_shard(data_list, tmp_path, rows, mistaken), pipeline(), shuffle=False, cache=cache)
+    if refused:
+        first = f"the first: .*utterance 'row{rows - mistaken:03d}': .*stage 2"
+        with pytest.raises(DataError, match=f"shard.tar: {mistaken} of {rows} utterances have .*{first}"):
+            list(dataset)
+    else:
+        assert len(names(list(dataset))) == rows - mistaken
+    assert caplog.text.count("left out, as are others like it") == 1
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"speech_token": []}, "no speech tokens; .*stage 2"),
-        ({"speech_token": None}, "no speech tokens; .*stage 2"),
         ({"speech_token": [1, 4096]}, r"run from 1 to 4096, expected integers 0\.\.4095"),
         ({"speech_token": [-1] * 30}, "run from -1"),
-        ({"speech_token": [1] * 5}, "last 0.10 s and its sound 0.70 s"),
         ({"utt_embedding": None}, "utt_embedding has 0 values, expected 192; .*stage 1"),
         ({"spk_embedding": [1.0] * 100}, "spk_embedding has 100 values"),
         ({"utt_embedding": [float("nan")] * 192}, "no finite numbers"),

@@ -1,6 +1,6 @@
 """Average the weights of a training's best epochs.
 
-In:   <src_path>/epoch_N.pt and epoch_N.yaml, as train.py writes them
+In:   <src_path>/epoch_N.pt and epoch_N.yaml, as train.py writes them, or the published one: epoch_N_whole.pt and .yaml
 Out:  <dst_model>: the mean of the weights, each in the type it has in the files
 
     python CosyVoice/cosyvoice/bin/average_model.py --dst_model exp/llm/llm.pt --src_path exp/llm --num 5 --val_best
@@ -12,6 +12,7 @@ one's are compared, however few they are: of a HiFT that learned alone at first,
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ SRC_PATH = None  # str: folder of the training
 NUM = 5  # epochs to average
 VAL_BEST = False  # those with the lowest cross-validation loss; false: the last ones
 
-_EPOCH_FILE = re.compile(r"epoch_(\d+)\.yaml")
+_EPOCH_FILE = re.compile(r"epoch_(\d+)(?:_whole)?\.yaml")
 
 
 class Epoch(NamedTuple):
@@ -55,7 +56,7 @@ def list_epochs(folder: Path) -> list[Epoch]:
 
     Raises:
         FileNotFoundError: there is no such folder, or an epoch has no weights.
-        ValueError: a .yaml file does not say the epoch's loss.
+        ValueError: a .yaml file does not say the epoch's loss, or an epoch is there twice.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--src_path {folder}: there is no such folder; wanted the --model_dir of train.py")
@@ -66,17 +67,30 @@ def list_epochs(folder: Path) -> list[Epoch]:
             continue  # saved within an epoch, by save_per_step
         weights = path.with_suffix(".pt")
         try:
-            losses = YAML(typ="safe").load(path)["loss_dict"]
-            loss = float(losses["loss"])
-        except (YAMLError, KeyError, TypeError, ValueError) as error:
+            losses = _losses(path)
+            loss = losses["loss"]
+        except (YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{path} gives no loss_dict.loss ({error!r})")
             continue
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing, though {path.name} is there")
         epochs.append(Epoch(int(match[1]), loss, weights, frozenset(losses)))
+    numbers = Counter(epoch.number for epoch in epochs)
+    problems += [
+        f"{folder} has epoch {number} of two trainings, epoch_{number} and epoch_{number}_whole: move one of them away"
+        for number, count in numbers.items()
+        if count > 1
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     return sorted(epochs)
+
+
+def _losses(path: Path) -> dict[str, float]:
+    """The losses that a .yaml file tells; the published one holds a tensor too, as Python objects, which stay nodes."""
+    keys = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8")).value
+    losses = {key.value: value for key, value in keys}["loss_dict"]
+    return {name.value: float(number.value) for name, number in losses.value}
 
 
 def choose(epochs: Sequence[Epoch], count: int, best: bool) -> list[Epoch]:

@@ -13,6 +13,7 @@ Out:  <model_dir>/epoch_N.pt     weights after epoch N (a plain state dict), epo
     python CosyVoice/cosyvoice/bin/train.py --max_steps 20 ...                         # a look in a minute
 
 The same command goes on where it was stopped or killed. `--checkpoint` gives weights to start from (fine-tuning).
+Published commands run as they stand: --use_amp is --dtype bf16, hifigan.pt may be hift.pt, --train_engine is torch_ddp.
 Exit codes: 0 complete, or --max_minutes are over; 1 error; 2 unknown flag; 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
@@ -45,6 +46,7 @@ from cosyvoice.utils.executor import (  # noqa: E402
     RunStopped,
     seed_everything,
 )
+from cosyvoice.utils.published_flags import as_own_settings, ignored, without_groups  # noqa: E402
 from cosyvoice.utils.train_log import TrainLog  # noqa: E402
 from cosyvoice.utils.train_utils import (  # noqa: E402
     batch_source,
@@ -86,6 +88,13 @@ NUM_WORKERS = 0  # processes that prepare batches; 0: a thread
 PREFETCH = 4  # batches held ready, by each worker
 SEED = 1986  # of the weights, the order of the data, and dropout
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
+USE_AMP = False  # the published name of --dtype bf16
+TRAIN_ENGINE = "torch_ddp"  # torch_ddp; of published commands, whose other one, deepspeed, is not here
+DIST_BACKEND = None  # str: of published commands (--ddp.dist_backend); ignored: nccl on GPUs, gloo on CPUs
+PIN_MEMORY = False  # of published commands; ignored
+TIMEOUT = None  # int: of published commands, seconds; ignored
+DEEPSPEED_CONFIG = None  # str: of published commands; ignored
+SAVE_STATES = None  # str: of published commands (--deepspeed.save_states); ignored: last/ holds all states
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code.
     """
-    settings = parse_settings(__file__, globals(), argv)
+    settings = parse_settings(__file__, globals(), without_groups(sys.argv[1:] if argv is None else argv))
     with StopRequest() as stop:
         try:
+            settings = as_own_settings(settings)
             outcome = run(settings, lambda: stop.requested)
             state = "complete" if outcome.complete else "not complete, the same command goes on"
             print(f"train.py: {settings.model} training {state}: {outcome.reason}")
@@ -143,7 +153,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
         torch.set_num_threads(settings.num_threads)
     if settings.model == "hifigan" and config.dtype != "fp32" and pick_device(settings.device).type == "cpu":
         raise ValueError(
-            f"--dtype {config.dtype}: the discriminators take minutes a step so on a CPU; use --dtype fp32"
+            f"--dtype {config.dtype}: the discriminators take minutes a step so on a CPU; use --dtype fp32, and no "
+            "--use_amp"
         )
     accelerator = start_processes(settings)
     # float32 parts of a 16-bit training (the whole flow, HiFT) may round their products' inputs on a GPU
@@ -183,6 +194,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
             stop_requested,
         )
         log.say(describe(settings, model, accelerator))
+        if flags := ignored(settings):
+            log.say(f"ignored, as nothing here needs them: {', '.join(flags)}")
         seed_everything(config.seed + accelerator.process_index)  # each process its own dropout
         if saved:
             executor.resume(*saved, model_dir / LAST_FOLDER)

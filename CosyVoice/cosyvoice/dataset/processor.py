@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +40,8 @@ from cosyvoice.dataset.sample import (
 )
 from cosyvoice.utils.audio import resampling_rates
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "batch",
     "compute_f0",
@@ -61,6 +65,8 @@ S3_CODES = 4096
 S3_TOKENS_PER_SECOND = 50
 TOKEN_SLACK_SECONDS = 0.1  # tokens and sound may differ by this much, and by TOKEN_SLACK_SHARE of the sound
 TOKEN_SLACK_SHARE = 0.02
+MOST_MISTAKEN, MOST_MISTAKEN_SHARE = 10, 0.1  # of a shard (each epoch judges alike); more than both is no accident
+NO_TOKENS, ANOTHER_LENGTH = "no speech tokens", "speech tokens of another length"  # reasons to drop an utterance
 
 
 def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
@@ -129,6 +135,8 @@ def filter(  # the published name
 ) -> Iterator[Sample]:
     """Decode `audio_data` into `speech` and `sample_rate`, check the speech tokens, and drop what is too long or short.
 
+    Without speech tokens are recordings over 30 s in published shards; they are dropped too, as published.
+
     Args:
         data: utterances with `text_token`.
         max_length: longest sound kept, in 10 ms.
@@ -145,11 +153,10 @@ def filter(  # the published name
         the utterances kept, `speech` [1, N] float32, channels averaged.
 
     Raises:
-        DataError: sound that cannot be decoded, or speech tokens that are missing or out of range.
+        DataError: sound that cannot be decoded, or speech tokens out of range.
     """
     dropped = Counter() if dropped is None else dropped
-    for sample in data:
-        _check_speech_tokens(sample, speech_token_size)
+    for sample in _with_speech_tokens(data, speech_token_size, dropped):
         sample["speech"], sample["sample_rate"] = _decoded(sample)
         del sample["audio_data"]
         length = sample["speech"].size(1) / sample["sample_rate"] * LENGTH_UNITS_PER_SECOND
@@ -170,27 +177,29 @@ def filter(  # the published name
             yield sample
 
 
-def frames_of_tokens(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:
+def frames_of_tokens(
+    data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train", dropped: Counter[str] | None = None
+) -> Iterator[Sample]:
     """Stand in for filter, resample and compute_fbank where only the language model learns, which hears no sound.
 
     Decoding and mels take most of the first epoch. What is left of them is their length, by which utterances are
-    sorted and batched; it follows from the number of speech tokens. Nothing is dropped for its length.
+    sorted and batched; it follows from the number of speech tokens. Only what has none is dropped.
 
     Args:
         data: utterances with `text_token`.
         sample_rate: of the sound that the mel would be made from, Hz.
         hop_size: samples from one mel frame to the next.
         mode: not used.
+        dropped: counts what is dropped.
 
     Yields:
         the utterances without `audio_data`, with `speech_feat` [F, 0].
 
     Raises:
-        DataError: speech tokens are missing or out of range.
+        DataError: speech tokens are out of range.
     """
     frames_per_token = sample_rate / hop_size / S3_TOKENS_PER_SECOND
-    for sample in data:
-        _check_speech_tokens(sample, S3_CODES)
+    for sample in _with_speech_tokens(data, S3_CODES, Counter() if dropped is None else dropped):
         del sample["audio_data"]
         sample["speech_feat"] = torch.empty(round(len(sample["speech_token"]) * frames_per_token), 0)
         yield sample
@@ -235,27 +244,29 @@ def compute_fbank(
     feat_extractor: Callable[[Tensor], Tensor],
     num_frames: int = -1,
     mode: str = "train",
+    dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Compute `speech_feat`, the log-mel that flow learns to make, and hold its length against the speech tokens.
 
     The flow stretches its tokens to whatever number of frames the mel has (as published), so a token file of another
-    recording would train without complaint; here it is an error. A crop has no tokens of its own and is not checked.
+    recording would train without complaint; here such an utterance is dropped, and many of one shard are an error. A
+    crop has no tokens of its own and is not checked.
 
     Args:
         data: utterances with `speech` [1, N].
         feat_extractor: waveforms [1, N] -> [1, 80, F].
         num_frames: pad the sound to a multiple of so many samples first; -1 does not (CosyVoice-300M).
         mode: not used.
+        dropped: counts what is dropped; the first one is named in a warning.
 
     Yields:
         the utterances with `speech_feat` [F, 80], float32.
 
     Raises:
-        DataError: the speech tokens last clearly longer or shorter than the sound.
+        DataError: at the end of a shard of which over 10, and over a tenth, have speech tokens that last clearly longer
+            or shorter than the sound.
     """
-    for sample in data:
-        if not sample.get("is_crop", False):
-            _check_durations(sample)
+    for sample in _with_tokens_of_its_length(data, Counter() if dropped is None else dropped):
         if num_frames != -1:
             sample["speech"] = F.pad(sample["speech"], (0, -sample["speech"].size(1) % num_frames))
         sample["speech_feat"] = feat_extractor(sample["speech"]).squeeze(0).T.contiguous()
@@ -318,26 +329,53 @@ def parse_embedding(
         yield sample
 
 
-def _check_speech_tokens(sample: Sample, codes: int) -> None:
-    tokens = sample.get("speech_token")
-    if tokens is None or len(tokens) == 0:
-        raise utterance_error(sample, "it has no speech tokens", REMAKE_TOKENS)
-    tokens = np.asarray(tokens)
-    if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
-        problem = f"speech tokens run from {tokens.min()} to {tokens.max()}, expected integers 0..{codes - 1}"
-        raise utterance_error(sample, problem, REMAKE_TOKENS)
-    sample["speech_token"] = tokens
+def _with_speech_tokens(data: Iterable[Sample], codes: int, dropped: Counter[str]) -> Iterator[Sample]:
+    """The utterances that have speech tokens, which become an array; an id that is none of `codes` is an error."""
+    for sample in data:
+        tokens = sample.get("speech_token")
+        if tokens is None or len(tokens) == 0:
+            dropped[NO_TOKENS] += 1
+            continue
+        tokens = np.asarray(tokens)
+        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
+            problem = f"speech tokens run from {tokens.min()} to {tokens.max()}, expected integers 0..{codes - 1}"
+            raise utterance_error(sample, problem, REMAKE_TOKENS)
+        sample["speech_token"] = tokens
+        yield sample
 
 
-def _check_durations(sample: Sample) -> None:
+def _with_tokens_of_its_length(data: Iterable[Sample], dropped: Counter[str]) -> Iterator[Sample]:
+    """The utterances whose speech tokens last as long as their sound; too many others of one shard are an error."""
+    for shard, samples in itertools.groupby(data, key=lambda sample: sample.get("src")):
+        seen, mistaken = 0, []
+        for sample in samples:
+            seen += 1
+            mistake = None if sample.get("is_crop", False) else _mistaken_duration(sample)
+            if mistake is None:
+                yield sample
+                continue
+            if not dropped[ANOTHER_LENGTH]:
+                log.warning("left out, as are others like it, which are counted: %s", mistake)
+            dropped[ANOTHER_LENGTH] += 1
+            mistaken.append(mistake)
+        if len(mistaken) > max(MOST_MISTAKEN, MOST_MISTAKEN_SHARE * seen):
+            raise DataError(
+                f"{shard}: {len(mistaken)} of {seen} utterances have {ANOTHER_LENGTH} than their sound, which is no "
+                f"accident; the first: {mistaken[0]}"
+            )
+
+
+def _mistaken_duration(sample: Sample) -> DataError | None:
+    """What is wrong where speech tokens and sound differ in length."""
     sound_seconds = sample["speech"].size(1) / sample["sample_rate"]
     token_seconds = len(sample["speech_token"]) / S3_TOKENS_PER_SECOND
-    if abs(sound_seconds - token_seconds) > TOKEN_SLACK_SECONDS + TOKEN_SLACK_SHARE * sound_seconds:
-        problem = (
-            f"its {len(sample['speech_token'])} speech tokens last {token_seconds:.2f} s and its sound "
-            f"{sound_seconds:.2f} s, so they were made from another recording"
-        )
-        raise utterance_error(sample, problem, REMAKE_TOKENS)
+    if abs(sound_seconds - token_seconds) <= TOKEN_SLACK_SECONDS + TOKEN_SLACK_SHARE * sound_seconds:
+        return None
+    problem = (
+        f"its {len(sample['speech_token'])} speech tokens last {token_seconds:.2f} s and its sound "
+        f"{sound_seconds:.2f} s, so they were made from another recording"
+    )
+    return utterance_error(sample, problem, REMAKE_TOKENS)
 
 
 def _decoded(sample: Sample) -> tuple[Tensor, int]:

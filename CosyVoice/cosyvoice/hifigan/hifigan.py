@@ -116,8 +116,10 @@ class HiFiGan(nn.Module):
 def _frozen(module: nn.Module) -> Iterator[None]:
     """Record no gradients for a module's parameters; gradients still pass through it to its input.
 
-    The published loop computes them and throws them away before the optimizer of the other side steps. Without them
-    a generator's turn does half the work in the discriminators, and records nothing at all of the recordings.
+    The published loop computes them in the generator's turn too, and clips the gradients of both sides as one: the
+    discriminators' make its step shorter where that norm is over grad_clip, and are thrown away only then. Here each
+    side is clipped by its own norm. Without them a generator's turn does half the work in the discriminators, and
+    records nothing at all of the recordings.
     """
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:

@@ -6,6 +6,7 @@ last S3 token predicts the end, whose id is `speech_token_size`.
 # B batch  T text tokens  S S3 tokens, 50 Hz  L = 3 + T + S positions  D channels  V = speech_token_size + 1
 """
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
-from cosyvoice.utils.common import IGNORE_ID, th_accuracy
+from cosyvoice.utils.common import IGNORE_ID, ras_sampling, th_accuracy
+
+log = logging.getLogger(__name__)
 
 Sampler = Callable[[Tensor, Sequence[int], int], int]  # (log-probabilities [V], tokens so far, sampling) -> token
 
@@ -30,7 +33,8 @@ class TransformerLM(nn.Module):
         speech_token_size: number of S3 tokens.
         text_encoder: encoder of the text; causal, so that a prompt's text is encoded alike whatever follows.
         llm: encoder of the sequence; causal.
-        sampling: draws a token, e.g. `cosyvoice.utils.common.ras_sampling`.
+        sampling: draws a token, e.g. `cosyvoice.utils.common.ras_sampling`. None, as in the published files before
+            f4e70e2 (30 July 2024), which have no such key: that one, with the numbers that the files have had since.
         length_normalized_loss: divide the loss by the number of targets (True) or by B (False).
         lsm_weight: label smoothing.
         spk_embed_dim: width of the speaker vector.
@@ -50,7 +54,7 @@ class TransformerLM(nn.Module):
         speech_token_size: int,
         text_encoder: ConformerEncoder,
         llm: TransformerEncoder,
-        sampling: Sampler,
+        sampling: Sampler | None = None,
         length_normalized_loss: bool = True,
         lsm_weight: float = 0.0,
         spk_embed_dim: int = 192,
@@ -59,7 +63,9 @@ class TransformerLM(nn.Module):
         self.llm_input_size = llm_input_size
         self.speech_token_size = speech_token_size
         self.eos_token = speech_token_size
-        self.sampling = sampling
+        if sampling is None:
+            log.warning("llm has no `sampling`, as in files before August 2024: repetition-aware, as in later ones")
+        self.sampling = sampling or ras_sampling
 
         self.text_embedding = nn.Embedding(text_token_size, text_encoder_input_size)
         self.text_encoder = text_encoder

@@ -6,8 +6,8 @@ every random generator that way). HyperPyYAML imports and calls whatever a file 
 scalar `(!!python/object/apply:os.system [ls])` runs a command. A model folder is data from outside, so this module
 parses the same syntax with ruamel.yaml's composer, which builds no objects, and works in two steps:
 
-1. `read_config` checks every tag of the whole file, then turns the wanted keys (and what they `!ref`) into plain values
-   and `Call` records. Nothing is imported.
+1. `read_config` checks the kind of every tag of the whole file, then turns the wanted keys (and what they `!ref`) into
+   plain values and `Call` records, whose names must be on the list. Nothing is imported.
 2. `load_config` imports the listed names and builds the records, leaving every random generator as it was.
 
 What is checked is what is built: both steps look at the same nodes, and there is no second parse.
@@ -79,8 +79,6 @@ BUILDABLE = {"!new:": CLASSES, "!name:": FUNCTIONS}
 SEEDING_CALLS = frozenset(
     {"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all"}
 )
-# Other parts of a released file may be named under keys that are not built.
-UNBUILT_NAMESPACES = ("cosyvoice.", "matcha.")
 
 MAX_FILE_BYTES = 1 << 16  # a released file has 8 kB
 MAX_DEPTH = 32  # nesting, and length of a chain of references
@@ -117,7 +115,8 @@ def read_config(path: str | Path, keys: Sequence[str] | None = None) -> dict[str
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: the file is not plain YAML, lacks a key, or names anything outside the list.
+        ConfigError: the file is not plain YAML, lacks a key, has a tag of another kind anywhere, or names something
+            outside the list in what is wanted.
     """
     document = _Document(Path(path))
     wanted = [key for key in MODEL_KEYS if key in document.nodes] if keys is None else list(keys)
@@ -139,7 +138,7 @@ def has_key(path: str | Path, key: str) -> bool:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: the file is not plain YAML, or names anything outside the list.
+        ConfigError: the file is not plain YAML, or has a tag of another kind.
     """
     return key in _Document(Path(path)).nodes
 
@@ -210,7 +209,7 @@ def _build_call(call: Call, built: dict[int, Any]) -> Any:
 
 
 class _Document:
-    """One configuration file: parsed, every tag of it checked, values made on demand."""
+    """One configuration file: parsed, the kind of every tag checked; values made, their names checked, on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -263,7 +262,7 @@ class _Document:
             if depth > MAX_DEPTH:
                 raise self._refusal(event, f"nesting deeper than {MAX_DEPTH}", "released files nest 5 deep")
 
-    # ---- checking: every tag of the file, whether built or not
+    # ---- checking: the kind of every tag of the file, whether built or not; `_call` checks the names of what is built
 
     def _check(self, node: Node) -> None:
         tag = str(node.tag)
@@ -292,11 +291,10 @@ class _Document:
         kind += colon
         well_formed = _DOTTED_NAME.fullmatch(name) is not None
         if kind in BUILDABLE and well_formed:
-            if any(name in names for names in BUILDABLE.values()) or name.startswith(UNBUILT_NAMESPACES):
-                return
-        elif kind == "!apply:" and name in SEEDING_CALLS:
+            return  # published recipes name parts of other packages under keys that are not built, so not imported
+        if kind == "!apply:" and name in SEEDING_CALLS:
             return
-        raise self._refusal(node, tag, "a configuration may name only CosyVoice's own parts and its tokenizer")
+        raise self._refusal(node, tag, "only !new:, !name: and !ref are read, and calls that seed are left out")
 
     # ---- making values: only the keys wanted
 
