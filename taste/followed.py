@@ -18,6 +18,7 @@ def followed(
     unit: str,
     *,
     done: int = 0,
+    size: Callable[[Item], int] = lambda item: 1,
     active: bool = True,
     note: Callable[[], str] = lambda: "",
     on_line: Callable[[], None] = lambda: None,
@@ -27,8 +28,9 @@ def followed(
     Args:
         items: what to go through.
         description: what is done.
-        unit: what the items are called, in the plural.
+        unit: what the items, or what they hold, are called, in the plural.
         done: how many were done before these.
+        size: how many of the unit an item holds.
         active: False shows nothing, in all processes but the main one.
         note: gives what else to show, once an item is done.
         on_line: called where there is, or would be, a line.
@@ -39,14 +41,16 @@ def followed(
     if not active:
         yield from items
         return
-    total = done + len(items)
+    count, total = 0, done + sum(map(size, items))
     begun = told = time.monotonic()
     # disable=None: no bar where nobody watches a terminal
     options = {"initial": done, "total": total, "leave": False, "dynamic_ncols": True, "disable": None}
-    with tqdm(items, description, unit=f" {unit}", **options) as bar:
-        for count, item in enumerate(bar, start=1):
+    with tqdm(desc=description, unit=f" {unit}", **options) as bar:
+        for item in items:
             yield item
+            count += size(item)
             bar.set_postfix_str(note(), refresh=False)
+            bar.update(size(item))
             now = time.monotonic()
             if now - told < LINE_SECONDS:
                 continue

@@ -150,7 +150,7 @@ def normalise(text: str) -> str:
 
 
 def timed_words(pieces: Sequence[Mapping[str, Any]]) -> list[Word]:
-    """Make words of the timed pieces that transformers divides what Whisper wrote into.
+    """Make words of the timed pieces that a recogniser divides what it wrote into.
 
     Where a language writes no blanks, a piece is a character, or a token of a few, and so is each part of a foreign
     word among them: the parts of a word are put together again.
@@ -269,13 +269,12 @@ class Pocketsphinx:
         decoder.process_raw(samples.tobytes(), no_search=False, full_utt=True)
         decoder.end_utt()
         frames_per_second = decoder.config["frate"]
-        return [
-            Word(
-                normalise(piece.word), piece.start_frame / frames_per_second, (piece.end_frame + 1) / frames_per_second
-            )
-            for piece in decoder.seg() or ()
-            if not piece.word.startswith(SILENCE_MARKS)
-        ]
+        pieces = []
+        for piece in decoder.seg() or ():
+            if not piece.word.startswith(SILENCE_MARKS):
+                times = (piece.start_frame / frames_per_second, (piece.end_frame + 1) / frames_per_second)
+                pieces.append({"text": f" {piece.word}", "timestamp": times})
+        return timed_words(pieces)  # its dictionary has twenty-one and so-called
 
 
 class WhisperRecogniser:

@@ -7,7 +7,11 @@ becomes `--num-epochs` (or `--num_epochs`), an integer, with the comment as its 
     True/False      --flag, --no-flag, --flag true|false
     1, 0.5, "a"     --flag VALUE
     (1, 2)          --flag 1,2        elements typed like the first one
-    None            --flag VALUE      text, or what the comment names first: `# int: at most so many`; `none` is None
+    None            --flag VALUE      text; `none` is None
+
+unless the script names it, which then holds whatever the value is edited to: as an annotation (`GRAD_CLIP: float = 1`)
+or, of what may be None, at the beginning of the comment (`LIMIT = None  # int: at most so many`). Where it names none,
+1 takes whole numbers only, and 1.0 decimals too: the error for one says that a point is missing in the script.
 """
 
 import argparse
@@ -38,7 +42,8 @@ class Constant(NamedTuple):
 
     name: str  # NUM_EPOCHS
     default: Any
-    help: str
+    help: str  # its comment, without the type
+    type: str  # as an annotation: `float`, `int | None`; empty where the script names none
 
 
 class Settings:
@@ -134,7 +139,7 @@ def find_constants(source: str, values: Mapping[str, Any]) -> list[Constant]:
         values: where each constant's value is looked up by name.
 
     Returns:
-        the constants; the comment on the line where an assignment ends is its help.
+        the constants; the last comment on the lines of an assignment is its help.
     """
     comments = {
         token.start[0]: token.string.lstrip("# ").rstrip()
@@ -144,14 +149,21 @@ def find_constants(source: str, values: Mapping[str, Any]) -> list[Constant]:
     found = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
-            targets = node.targets
+            targets, annotation = node.targets, ""
         elif isinstance(node, ast.AnnAssign):
-            targets = [node.target]
+            targets, annotation = [node.target], ast.unparse(node.annotation)
         else:
             continue
+        lines = range(node.end_lineno or node.lineno, node.lineno - 1, -1)  # several, where the formatter wrapped it
+        comment = next((comments[line] for line in lines if line in comments), "")
+        if named := NAMED_TYPE.match(comment):
+            comment, annotation = comment[named.end() :], annotation or f"{named[1]} | None"
         for target in targets:
             if isinstance(target, ast.Name) and CONSTANT_NAME.fullmatch(target.id):
-                found.append(Constant(target.id, values[target.id], comments.get(node.end_lineno or node.lineno, "")))
+                default = values[target.id]
+                if annotation.startswith("float") and type(default) is int:
+                    default = float(default)
+                found.append(Constant(target.id, default, comment, annotation))
     return found
 
 
@@ -215,12 +227,14 @@ def _add_flag(parser: argparse.ArgumentParser, constant: Constant) -> None:
             help=argparse.SUPPRESS,
         )
         return
-    if default is None:
-        named = NAMED_TYPE.match(constant.help)
-        read = _or_none(TYPES[named.group(1)] if named else str)
+    named = TYPES.get(constant.type.removesuffix(" | None"), str if default is None else None)
+    if named is not None:
+        read = named
     elif isinstance(default, tuple):
         read = _comma_list(type(default[0]) if default else str)
-    elif isinstance(default, (int, float, str)):
+    elif isinstance(default, int):
+        read = _whole_number(constant)
+    elif isinstance(default, (float, str)):
         read = type(default)
     elif isinstance(default, Path):
         read = Path
@@ -229,6 +243,8 @@ def _add_flag(parser: argparse.ArgumentParser, constant: Constant) -> None:
             f"{constant.name} is a {type(default).__name__}, which no flag can spell; give it a leading underscore "
             "or move it out of the script's settings"
         )
+    if default is None or constant.type.endswith(" | None"):
+        read = _or_none(read)
     parser.add_argument(flag, type=read, metavar="VALUE", **common)
 
 
@@ -244,6 +260,21 @@ def _boolean(word: str) -> bool:
     if word.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
     return WORDS[word.lower()]
+
+
+def _whole_number(constant: Constant) -> Callable[[str], int]:
+    def value(word: str) -> int:
+        try:
+            return int(word)
+        except ValueError:
+            float(word)  # else it is no number at all, which argparse says
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is no whole number, as {constant.name} is in the script; write {constant.default}.0 there if it "
+            "may have decimals"
+        )
+
+    value.__name__ = "int"  # argparse names the type in its message
+    return value
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

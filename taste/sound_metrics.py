@@ -441,7 +441,9 @@ def _agreeing(reference: Sequence[str], other: Sequence[str]) -> list[tuple[int,
 
     if not reference or not other:
         return []
-    pieces = jiwer.process_words(" ".join(reference), " ".join(other)).alignments[0]
+    numbers = {word: str(number) for number, word in enumerate({*reference, *other})}  # jiwer divides at blanks
+    rows = [" ".join(numbers[word] for word in row) for row in (reference, other)]
+    pieces = jiwer.process_words(*rows).alignments[0]
     return [
         pair
         for piece in pieces

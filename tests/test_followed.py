@@ -37,6 +37,12 @@ def test_where_no_terminal_shows_a_bar_there_is_a_line_a_minute(lines, capsys):
     assert len(lines) == 2
 
 
+def test_items_of_several_units_count_as_so_many(lines, capsys):
+    batches = ["abcd", "efgh", "ij"]
+    assert list(followed(batches, "work", "letters", done=10, size=len)) == batches
+    assert capsys.readouterr().err.splitlines() == ["work: 20 of 20 letters, 0.133 a second, 00:00 left"]
+
+
 def test_a_short_loop_without_a_terminal_says_nothing(capsys):
     assert list(followed("abc", "short", "letters")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""

@@ -5,7 +5,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -92,6 +93,28 @@ def test_pocketsphinx_writes_down_words_in_order_of_time(sphinx, understood):
     assert heard[-1].end_s <= seconds
     sphinx.words(torch.randn(RATE_HZ), RATE_HZ)
     assert sphinx.words(waveform, RATE_HZ) == heard  # whatever was heard between
+
+
+def test_a_word_of_the_dictionary_that_is_heard_as_several_is_several(monkeypatch):
+    segments = [("<s>", 0, 9), ("and(2)", 10, 19), ("twenty-one", 20, 59), ("[SPEECH]", 60, 69), ("so-called", 70, 89)]
+
+    class Decoder:
+        """Hears these segments, whatever the sound; a frame is 10 ms."""
+
+        config: ClassVar = {"frate": 100}
+
+        def __init__(self, **options: object) -> None:
+            self.reinit_feat = self.start_utt = self.end_utt = lambda: None
+            self.process_raw = lambda *sound, **how: None
+
+        def seg(self) -> Iterator[SimpleNamespace]:
+            return (SimpleNamespace(word=word, start_frame=first, end_frame=last) for word, first, last in segments)
+
+    monkeypatch.setitem(sys.modules, "pocketsphinx", SimpleNamespace(Decoder=Decoder))
+    heard = Pocketsphinx().words(torch.zeros(RATE_HZ), RATE_HZ)
+    assert [word.text for word in heard] == ["and", "twenty", "one", "so", "called"]
+    times = [(word.start_s, word.end_s) for word in heard]
+    assert times == [pytest.approx(pair) for pair in ((0.1, 0.2), (0.2, 0.4), (0.4, 0.6), (0.7, 0.8), (0.8, 0.9))]
 
 
 def test_a_transcript_is_found_where_it_is_heard(sphinx, understood):

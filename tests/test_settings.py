@@ -1,10 +1,19 @@
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from taste.settings import Settings, describe_device, find_constants, parse_settings, pick_device
 
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("*.py", "json/*.py", "CosyVoice/tools/*.py", "CosyVoice/cosyvoice/bin/*.py", "benchmarks/*.py")
+SCRIPTS = sorted(
+    path
+    for pattern in (*FOLDERS, "CosyVoice/examples/**/*.py")
+    for path in REPOSITORY.glob(pattern)
+    if "parse_settings(__file__" in path.read_text(encoding="utf-8")
+)
 SCRIPT = '''"""Does a thing.
 
     python script.py --num-epochs 2
@@ -21,6 +30,11 @@ LAYERS = (
     4,
     6,
 )  # which ones
+MODE = (
+    "train"  # a comment as long as the line, which the formatter has wrapped
+)
+GRAD_CLIP: float = 1  # what was 1.0 before somebody edited it
+MINUTES = 30  # float: by the clock; none: no limit
 _PRIVATE = {}
 lower = 1
 
@@ -47,7 +61,11 @@ def test_without_a_command_line_the_script_decides(tmp_path: Path) -> None:
         "limit": None,
         "note": None,
         "layers": [4, 6],
+        "mode": "train",
+        "grad_clip": 1.0,
+        "minutes": 30.0,
     }
+    assert all(type(getattr(_parse(tmp_path), name)) is float for name in ("grad_clip", "minutes"))
 
 
 def test_the_trailing_comment_is_the_help() -> None:
@@ -57,6 +75,9 @@ def test_the_trailing_comment_is_the_help() -> None:
     assert comments["NUM_EPOCHS"] == "passes over 100 % of the training set"
     assert comments["NAME"] == "what to call it"
     assert comments["LAYERS"] == "which ones"
+    assert comments["MODE"] == "a comment as long as the line, which the formatter has wrapped"
+    assert comments["LIMIT"] == "at most so many"  # its type is not help
+    assert comments["NOTE"] == "free words"
     assert "INSIDE" not in comments and "lower" not in comments
 
 
@@ -76,6 +97,9 @@ def test_the_trailing_comment_is_the_help() -> None:
         (["--limit", "none"], "limit", None),
         (["--note", "7"], "note", "7"),
         (["--layers", "1,2, 3"], "layers", (1, 2, 3)),
+        (["--grad-clip", "0.5"], "grad_clip", 0.5),
+        (["--minutes", "7.5"], "minutes", 7.5),
+        (["--minutes", "none"], "minutes", None),
     ],
 )
 def test_a_flag_overrides_its_constant_with_the_constants_type(
@@ -107,6 +131,16 @@ def test_an_unknown_flag_or_wrong_value_is_wrong_usage(
     assert words[0] in capsys.readouterr().err
 
 
+def test_a_decimal_in_place_of_a_whole_number_says_where_to_allow_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value, told in (("2.5", "write 10.0 there if it may have decimals"), ("two", "invalid int value: 'two'")):
+        with pytest.raises(SystemExit) as caught:
+            _parse(tmp_path, "--num-epochs", value)
+        assert caught.value.code == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+
+
 def test_help_shows_the_docstring_the_comments_and_the_defaults(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +150,12 @@ def test_help_shows_the_docstring_the_comments_and_the_defaults(
     text = capsys.readouterr().out
     for part in ("Does a thing.", "--num-epochs", "passes over 100 % of the training set (default: 10)"):
         assert part in " ".join(text.split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_setting_of_every_script_is_explained(script: Path) -> None:
+    constants = find_constants(script.read_text(encoding="utf-8"), defaultdict(int))
+    assert [constant.name for constant in constants if not constant.help] == []
 
 
 def test_what_was_resolved_is_shown_and_saved(tmp_path: Path) -> None:

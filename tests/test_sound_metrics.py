@@ -172,6 +172,14 @@ def test_only_words_that_agree_are_compared():
     assert (compared.words, compared.consistent) == (2, 2)
 
 
+@pytest.mark.parametrize("text", ["twenty one", ""])
+def test_whatever_a_recogniser_calls_a_word_counts_as_one(text):
+    heard = words(("the", 0.0, 0.2), (text, 0.2, 0.9), ("house", 1.0, 1.4))
+    compared = compare_durations(heard, heard)
+    assert (compared.words, compared.difference_s, compared.reference_s) == (3, 0, pytest.approx(1.3))
+    assert compare_durations(REFERENCE, heard).words == 2  # the, house
+
+
 def test_nothing_heard_is_no_consistency_at_all():
     assert duration_consistency(REFERENCE, []) is None
     assert duration_consistency([], REFERENCE) is None

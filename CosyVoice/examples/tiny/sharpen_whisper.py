@@ -39,7 +39,6 @@ from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint  # noq
 from s3tokenizer.utils import onnx2torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from train_whisper import (  # noqa: E402
-    TOKENIZER_FILE,
     fit_units,
     prepare_all,
     read_units,
@@ -62,6 +61,7 @@ from whisper_batches import (  # noqa: E402
 from whisper_start import MID_LAYER, begin_as_earlier, begin_as_tokenizer, graft, tokenizer_sizes  # noqa: E402
 from whisper_training import IGNORED, States, UnitNames, encode  # noqa: E402
 
+from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE  # noqa: E402
 from taste.checkpoint import write_json  # noqa: E402
 from taste.linear_fits import ridge, widest_directions  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
@@ -147,7 +147,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     dtype = pick_dtype(settings.dtype, device)
     print(f"settings of {folder}:\n{settings.describe()}\n")
     torch.set_float32_matmul_precision("high")
-    tokenizer = Path(settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / TOKENIZER_FILE)
+    tokenizer = Path(settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / SPEECH_TOKENIZER_FILE)
     torch.manual_seed(settings.seed)
     whisper = begin_as_tokenizer(tokenizer)
     earlier, _ = begin_as_earlier(settings.earlier)

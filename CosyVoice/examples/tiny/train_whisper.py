@@ -54,7 +54,7 @@ from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.model_dir import read_torch_file  # noqa: E402
+from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE, read_torch_file  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.checkpoint import write_json  # noqa: E402
 from taste.provenance import digest, file_digest  # noqa: E402
@@ -89,7 +89,6 @@ THREADS = 1  # of the CPU
 NUM_WORKERS = 0  # processes that prepare the recordings and their batches; 12 beside a GPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-TOKENIZER_FILE = "speech_tokenizer_v1.onnx"
 _SAMPLE_RATE_HZ = 16_000
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
@@ -136,7 +135,9 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     print(f"{len(learned.examples)} utterances, {hours:.2f} h, {known}, on {device} in {dtype}", flush=True)
 
     torch.manual_seed(settings.seed)
-    start = Path(settings.start_from or settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / TOKENIZER_FILE)
+    start = Path(
+        settings.start_from or settings.s3_tokenizer or settings.work_dir / "s3_tokenizer" / SPEECH_TOKENIZER_FILE
+    )
     whisper, earlier = begin_as_earlier(start) if settings.start_from else (begin_as_tokenizer(start), None)
     embeddings = text_embeddings(settings.text_embedding, vocabulary, settings.seed)
     teacher = FrameTeacher(WIDTH, embeddings, len(PHONES), TIMES + BANDS, units)
