@@ -33,10 +33,11 @@ from tqdm import tqdm
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
 from taste.audio import duration_seconds, read_audio
-from taste.extraction import describe_full_device
+from taste.extraction import SOME_FAILED_EXIT_CODE, describe_full_device
 from taste.failures import Failure, list_failures
 from taste.feature_store import (
     DISK_RESERVE_BYTES,
+    BackgroundFlush,
     FeatureWriteError,
     FeatureWriter,
     check_save_mode,
@@ -44,6 +45,7 @@ from taste.feature_store import (
     open_features,
     stored_bytes,
 )
+from taste.followed import followed
 from taste.interrupt import StopRequest
 from taste.manifest import Utterance, read_manifest
 from taste.memory_guard import MemoryGuard
@@ -63,17 +65,17 @@ WHISPER_DIR = None  # str: Whisper in transformers' format; none is <MODEL_DIR>/
 OUTPUT_TEXT = "utt2_output/{split}_text_emb.pt"  # where the text embeddings go
 OUTPUT_WHISPER = "utt2_output/{split}_whisper_feats.pt"  # where the Whisper features go
 OUTPUT_INFO = None  # str: where the rest goes; none is {split}_utt2info.pt beside OUTPUT_TEXT
-SUBSET_RATIO = 1.0  # share of the manifest to use, lines taken evenly from all of it
-MAX_DURATION = 30.0  # seconds; longer recordings are listed as failures
+SUBSET_RATIO: float = 1.0  # share of the manifest to use, lines taken evenly from all of it
+MAX_DURATION: float = 30.0  # seconds; longer recordings are listed as failures
 MID_LAYER = 6  # Whisper block to tap: 6 is the paper's, 16 the course template's
 BATCH_SIZE = 8  # recordings a pass of the encoder
 NUM_WORKERS = None  # int: threads that read recordings while the encoder works; none is one a core, at most 16
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 ENCODER_DTYPE = "auto"  # float16, bfloat16, float32; auto is float16 on CUDA, float32 on a CPU
 FEATURE_DTYPE = "float16"  # of the stored Whisper features: float16, bfloat16, float32
-CHUNK_UTTERANCES = 200  # written at once, so that a kill costs at most these (or what two minutes gave)
+CHUNK_UTTERANCES = 200  # written at once while the next are computed; a kill costs at most twice these (or 4 minutes)
 SAVE_MODE = "auto"  # single .pt, chunks, or auto: single up to 4 GB
-MEMORY_LIMIT_PERCENT = 90.0  # of the machine's or the container's memory; above it the run stops, saved
+MEMORY_LIMIT_PERCENT: float = 90.0  # of the machine's or the container's memory; above it the run stops, saved
 # ----------------------------------------------------------------------------------------------------------------------
 
 # T text tokens   A Whisper frames, 50 Hz   D channels
@@ -82,7 +84,6 @@ _SPEAKER_MODEL = "campplus.onnx"
 _MOST_WORKERS = 16
 _MEASURED_RECORDINGS = 200  # the disk use is estimated from so many
 _SAME_LENGTH_S = 0.02  # by which two lengths of one recording may differ
-_SOME_FAILED_EXIT_CODE = 3
 _MEMORY_STOP_EXIT_CODE = 75  # EX_TEMPFAIL: try again later
 
 
@@ -316,7 +317,7 @@ def extract(
         outputs: where the features go.
         settings: max_duration, num_workers, feature_dtype and memory_limit_percent are used.
         stop: notes signals.
-        done: utterances that earlier runs did, for the bar.
+        done: utterances that earlier runs did, for what is shown.
 
     Returns:
         what was done, and why it stopped.
@@ -330,26 +331,32 @@ def extract(
     work = partial(prepare, models=models, max_duration=settings.max_duration)
     workers = settings.num_workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     progress = Progress()
-    total = done + sum(len(batch) for batch in batches)
     started = time.monotonic()
-    with tqdm(total=total, initial=done, unit="utt", dynamic_ncols=True) as bar:
-        for results in prefetched(batches, work, workers):
+
+    def speed() -> str:
+        return f"{progress.audio_seconds / (time.monotonic() - started):.1f} x real time"
+
+    with BackgroundFlush(tuple(reversed(outputs))) as background:  # in the order of outputs.flush()
+        for _, results in zip(
+            followed(batches, "extracting", "utterances", done=done, size=len, note=speed),
+            prefetched(batches, work, workers),
+            strict=True,
+        ):
             failed = [result for result in results if isinstance(result, Failure)]
             usable = [result for result in results if isinstance(result, Prepared)]
             try:
                 failed += add_batch(usable, models, outputs, dtype)
             except torch.OutOfMemoryError as error:
+                background.wait()
                 outputs.flush()
                 raise ValueError(describe_full_device(error, settings.batch_size)) from error
             if any(writer.is_full for writer in outputs):
-                outputs.flush()
+                background.start()
             for failure in failed:
-                bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
+                tqdm.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
             progress.failures += failed
             progress.utterances += len(results) - len(failed)
             progress.audio_seconds += sum(item.duration_seconds for item in usable)
-            bar.update(len(results))
-            bar.set_postfix_str(f"{progress.audio_seconds / (time.monotonic() - started):.1f} x real time")
             if stop.requested:
                 progress.stopped_by, progress.exit_code = "a signal", stop.exit_code
                 break
@@ -412,7 +419,7 @@ def run(settings: Settings) -> Progress:
         if progress.stopped_by is None:
             for writer in outputs:
                 writer.finish(settings.save_mode)
-            progress.exit_code = _SOME_FAILED_EXIT_CODE if progress.failures else 0
+            progress.exit_code = SOME_FAILED_EXIT_CODE if progress.failures else 0
         report(progress, models, outputs, seconds=max(time.monotonic() - started, 1e-3))
     return progress
 

@@ -1,10 +1,12 @@
-"""Write a manifest for LibriSpeech, or for any folder of recordings with a text file beside each.
+"""Write a manifest for LibriSpeech, or for any folders of recordings with a text file beside each.
 
-In:   a folder in the LibriSpeech layout: <speaker>/<chapter>/<speaker>-<chapter>.trans.txt beside the recordings; or
+In:   folders in the LibriSpeech layout: <speaker>/<chapter>/<speaker>-<chapter>.trans.txt beside the recordings; or
       with FOLDER recordings at any depth, each with what is said in it in a .txt of the same name.
-Out:  a manifest, one {"utt_id", "audio_path", "text", "speaker", "language"} a line, sorted by id.
+Out:  a manifest, one {"utt_id", "audio_path", "text"} a line, with "speaker" and "language" where they are known,
+      sorted by id.
 
     python json/make_manifest.py --librispeech LibriSpeech/train-clean-100 --output json/train.jsonl
+    python json/make_manifest.py --librispeech LibriSpeech/train-clean-100,LibriSpeech/train-clean-360
     python json/make_manifest.py --librispeech LibriSpeech/test-clean --output json/test.jsonl
     python json/make_manifest.py --folder recordings --output json/train.jsonl
 
@@ -15,7 +17,8 @@ sentence, and CosyVoice has learned from sentences: so "CHAPTER ONE" becomes "Ch
 import json
 import re
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from taste.atomic import atomic_path
 from taste.settings import parse_settings
 
-LIBRISPEECH = "LibriSpeech/train-clean-100"  # folder to read, with its speakers' folders inside
+LIBRISPEECH = ("LibriSpeech/train-clean-100",)  # folders to read, with their speakers' folders inside
 OUTPUT = "json/train.jsonl"  # manifest to write
-FOLDER = None  # str: folder of recordings with a .txt beside each, in place of LIBRISPEECH
-LANGUAGE = "en"  # noted with each utterance
+FOLDER = ()  # folders of recordings with a .txt beside each, in place of LIBRISPEECH
+LANGUAGE = None  # str: noted with each utterance, as en; none: en for LIBRISPEECH, nothing for a FOLDER
 SENTENCE_CASE = True  # write English texts that are all in capitals as sentences
 OVERWRITE = False  # replace OUTPUT where it exists
 
@@ -87,7 +90,7 @@ def read_folder(folder: Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: there is no recording, or one has no text file (the first few are named).
-        ValueError: a text file is empty or no UTF-8, or two recordings would have one id.
+        ValueError: a text file is empty or no UTF-8.
     """
     recordings = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _AUDIO_SUFFIXES)
     if not recordings:
@@ -98,7 +101,7 @@ def read_folder(folder: Path) -> list[dict[str, str]]:
             f"{len(silent)} of {len(recordings)} recordings have no text, {', '.join(silent[:3])} first; write what is "
             "said into a file of the same name that ends in .txt"
         )
-    entries: dict[str, dict[str, str]] = {}
+    entries = []
     for path in recordings:
         try:
             text = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
@@ -110,14 +113,40 @@ def read_folder(folder: Path) -> list[dict[str, str]]:
         entry = {"utt_id": "-".join(parts), "audio_path": str(path), "text": text}
         if len(parts) > 1:
             entry["speaker"] = parts[0]
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: entry["utt_id"])
+
+
+def joined(parts: Iterable[Sequence[dict[str, str]]]) -> list[dict[str, str]]:
+    """Make one manifest of those of several folders.
+
+    Args:
+        parts: the entries of each folder.
+
+    Returns:
+        all entries, sorted by utterance id.
+
+    Raises:
+        ValueError: two recordings have one id (the first few such pairs are named), or there is none.
+    """
+    entries: dict[str, dict[str, str]] = {}
+    twice = []
+    for entry in (entry for part in parts for entry in part):
         earlier = entries.setdefault(entry["utt_id"], entry)
         if earlier is not entry:
-            raise ValueError(f"{earlier['audio_path']} and {path} would both be {entry['utt_id']}; rename one of them")
+            twice.append(f"{earlier['audio_path']} and {entry['audio_path']} would both be {entry['utt_id']}")
+    if not entries:
+        raise ValueError("no folder to read; give --librispeech or --folder")
+    if twice:
+        raise ValueError(
+            f"{len(twice)} recordings have the utterance id of another one: {'; '.join(twice[:3])}. Give each folder "
+            "once and none inside another; rename what still has one name"
+        )
     return [entries[utt_id] for utt_id in sorted(entries)]
 
 
 def as_sentence(text: str) -> str:
-    """Write an English text of several words in capitals as a sentence; another one stays as it is.
+    """Write a text of several words in Latin capitals as an English sentence; another one stays as it is.
 
     Args:
         text: such as "I SAID HE'D COME".
@@ -125,7 +154,8 @@ def as_sentence(text: str) -> str:
     Returns:
         such as "I said he'd come."; names lose their capitals, which nothing in the text tells.
     """
-    if not text.isupper() or " " not in text:  # one word may be an acronym
+    is_latin = all(unicodedata.name(character, "").startswith("LATIN") for character in text if character.isalpha())
+    if not (text.isupper() and is_latin) or " " not in text:  # one word may be an acronym
         return text
     lower = re.sub(r"\bi\b", "I", text.lower())
     return lower[0].upper() + lower[1:] + ("" if lower[-1] in ".?!" else ".")
@@ -138,16 +168,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output.exists() and not settings.overwrite:
         print(f"error: {output} exists; add --overwrite, or choose another --output", file=sys.stderr)
         return 1
+    read = read_folder if settings.folder else read_transcripts
+    folders = settings.folder or settings.librispeech
+    if isinstance(folders, str):  # the constant was edited to a single name
+        folders = folders.split(",")
     try:
-        entries = (
-            read_folder(Path(settings.folder)) if settings.folder else read_transcripts(Path(settings.librispeech))
-        )
+        entries = joined([read(Path(folder)) for folder in folders])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if settings.sentence_case and settings.language == "en":
+    language = settings.language or (None if settings.folder else "en")
+    if settings.sentence_case and language in ("en", None):
         entries = [entry | {"text": as_sentence(entry["text"])} for entry in entries]
-    lines = [json.dumps(entry | {"language": settings.language}, ensure_ascii=False) for entry in entries]
+    if language is not None:
+        entries = [entry | {"language": language} for entry in entries]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     with atomic_path(output) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     speakers = {entry["speaker"] for entry in entries if "speaker" in entry}

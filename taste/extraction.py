@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from taste.failures import Failure, list_failures
 from taste.feature_store import FeatureWriter, chunk_folder
+from taste.followed import followed
 from taste.interrupt import StopRequest
 from taste.prefetch import prefetched
 from taste.provenance import check_made_with
@@ -74,19 +75,21 @@ def extract(
 
         started = time.monotonic()
         failures: list[Failure] = []
-        with tqdm(total=len(recordings), initial=done, unit="utt", dynamic_ncols=True) as bar:
-            for results in prefetched(left, lambda item: _prepare(item, work), num_threads):
-                try:
-                    failed = _store_batch(results, work, writer)
-                except torch.OutOfMemoryError as error:
-                    writer.flush()
-                    raise ValueError(describe_full_device(error, batch_size)) from error
-                for failure in failed:
-                    bar.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
-                failures += failed
-                bar.update(len(results))
-                if stop.requested:
-                    break
+        for _, results in zip(
+            followed(left, "extracting", "recordings", done=done, size=len),
+            prefetched(left, lambda item: _prepare(item, work), num_threads),
+            strict=True,
+        ):
+            try:
+                failed = _store_batch(results, work, writer)
+            except torch.OutOfMemoryError as error:
+                writer.flush()
+                raise ValueError(describe_full_device(error, batch_size)) from error
+            for failure in failed:
+                tqdm.write(f"failed: {failure.utt_id}: {failure.reason}", file=sys.stderr)
+            failures += failed
+            if stop.requested:
+                break
         writer.flush()
         list_failures(output, failures)
         seconds = time.monotonic() - started

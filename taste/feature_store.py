@@ -1,4 +1,4 @@
-"""Files of values by utterance id, written so that no crash loses more than the chunk in work.
+"""Files of values by utterance id, written so that no crash loses more than the chunk in work and the one in writing.
 
 `train_text_emb.pt` is written as `train_text_emb.chunks/000000.pt`, `000001.pt` ...; `finish` merges them into the one
 file, or leaves them. A reader takes either, or both at once. Flat files are `{utt_id: value}`; nested ones are
@@ -8,7 +8,8 @@ file, or leaves them. A reader takes either, or both at once. Flat files are `{u
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ SAVE_MODES = ("single", "chunks", "auto")
 AUTO_SINGLE_LIMIT_BYTES = 4 * 2**30  # `auto` leaves larger outputs in chunks
 CHUNK_UTTERANCES = 200
 CHUNK_BYTES = 256 * 2**20
-CHUNK_SECONDS = 120  # what a kill can cost on a slow machine
+CHUNK_SECONDS = 120  # of work, at most, in a chunk on a slow machine
 DISK_RESERVE_BYTES = 64 * 2**20
 ZIP_MAGIC = b"PK"
 MAKERS = {"_utt2s3": "bash s3.sh", "": "python utt2text_and_feature.py"}  # by the end of the file's stem
@@ -68,12 +69,13 @@ class FeatureWriter:
         try:
             remove_leftovers(self.output_path)
             _remove_stray(self.chunk_folder)
-            self.done_ids: set[str] = set(open_features(self.output_path)) if self._sources() else set()
+            self.done_ids: set[str] = _stored_ids(self.output_path)
         except BaseException:
             self._lock.release()
             raise
         self._pending: dict[str, Any] = {}
         self._pending_bytes = 0
+        self._closed_chunk: dict[str, Any] = {}
         self._last_write = time.monotonic()
 
     def __enter__(self) -> "FeatureWriter":
@@ -92,7 +94,8 @@ class FeatureWriter:
         Raises:
             ValueError: the output has this id already, or a nested writer got no `mid` and `final`.
         """
-        if utt_id in self.done_ids or utt_id in self._pending:
+        # the closed chunk before done_ids, where it goes: another thread may be writing it
+        if any(utt_id in ids for ids in (self._pending, self._closed_chunk, self.done_ids)):
             raise ValueError(f"{self.output_path} has a value for {utt_id!r} already")
         if self.nested and (not isinstance(value, Mapping) or set(value) != set(NESTED_FIELDS)):
             raise ValueError(f"{utt_id!r}: expected a dict with the keys {NESTED_FIELDS}, got {type(value).__name__}")
@@ -115,21 +118,35 @@ class FeatureWriter:
         Raises:
             FeatureWriteError: the disk is full, say; no half file is left and the chunk stays in memory.
         """
+        self.write_closed_chunk()
+        self.close_chunk()
+        self.write_closed_chunk()
+
+    def close_chunk(self) -> None:
+        """End the chunk in work, if it holds anything; what is added from now on goes into the next one."""
+        assert not self._closed_chunk, f"{self.output_path}: the chunk before is not written yet"
+        self._closed_chunk, self._pending, self._pending_bytes = self._pending, {}, 0
         self._last_write = time.monotonic()
-        if not self._pending:
+
+    def write_closed_chunk(self) -> None:
+        """Write what `close_chunk` has ended; another thread may, and meanwhile the caller adds to the next chunk.
+
+        Raises:
+            FeatureWriteError: the disk is full, say; no half file is left and the chunk stays in memory.
+        """
+        if not self._closed_chunk:
             return
         number = max((int(chunk.stem) for chunk in _chunks(self.chunk_folder)), default=-1) + 1
         path = self.chunk_folder / f"{number:06d}.pt"
         try:
-            _save(path, self._layout(self._pending))
+            _save(path, self._layout(self._closed_chunk))
         except (OSError, RuntimeError) as error:
             raise FeatureWriteError(
                 f"cannot write {path}: {_cause(error)}; the {len(self.done_ids)} utterances written before are "
                 "safe. Free some space and run the same command again: it goes on from there."
             ) from error
-        self.done_ids.update(self._pending)
-        self._pending = {}
-        self._pending_bytes = 0
+        self.done_ids.update(self._closed_chunk)
+        self._closed_chunk = {}
 
     def finish(self, save_mode: str = "auto") -> None:
         """Write what is left, bring the output into its final form, and give it free.
@@ -174,7 +191,7 @@ class FeatureWriter:
         self.done_ids -= gone
 
     def close(self) -> None:
-        """Give the output free; the chunk in work is dropped unless it was flushed."""
+        """Give the output free; what was added since the last flush is dropped."""
         self._lock.release()
 
     def _sources(self) -> list[Path]:
@@ -205,6 +222,55 @@ class FeatureWriter:
         if not self.nested:
             return dict(values)
         return {field: {utt_id: value[field] for utt_id, value in values.items()} for field in NESTED_FIELDS}
+
+
+class BackgroundFlush:
+    """Flushes writers in a thread, so that the caller can compute the next chunk meanwhile.
+
+    At most one chunk of each writer is in writing. The end of the block waits for it; before, the writers may be added
+    to, but neither flushed, finished nor closed, except after `wait`.
+
+    Args:
+        writers: in the order in which their chunks are written; one that cannot be written keeps those behind it back.
+    """
+
+    def __init__(self, writers: Sequence[FeatureWriter]) -> None:
+        self._writers = tuple(writers)
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "BackgroundFlush":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+        self._pool.shutdown(wait=True)
+        if error_type is None:
+            self.wait()
+
+    def start(self) -> None:
+        """Begin to write the chunks in work, once those before are written; call it where a batch has ended.
+
+        Raises:
+            FeatureWriteError: those before could not be written, as `FeatureWriter.flush` says it.
+        """
+        self.wait()
+        for writer in self._writers:
+            writer.close_chunk()
+        self._writing = self._pool.submit(self._write)
+
+    def wait(self) -> None:
+        """Wait until what `start` began is written.
+
+        Raises:
+            FeatureWriteError: it could not be written, as `FeatureWriter.flush` says it; told once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self) -> None:
+        for writer in self._writers:
+            writer.write_closed_chunk()
 
 
 class Features(Mapping[str, Any]):
@@ -301,6 +367,11 @@ def check_save_mode(save_mode: str) -> None:
     """
     if save_mode not in SAVE_MODES:
         raise ValueError(f"SAVE_MODE is {save_mode!r}; expected one of {', '.join(SAVE_MODES)}")
+
+
+def _stored_ids(path: Path) -> set[str]:
+    """The utterances of an output, perhaps none; its values are read, and dropped again, file by file."""
+    return set(_values(path, (), lambda utt_id, value: None)) if _sources(path) else set()
 
 
 def _chunks(folder: Path) -> list[Path]:

@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
+from taste import feature_store
 from taste.feature_store import (
+    BackgroundFlush,
     FeatureFileError,
     FeatureWriteError,
     FeatureWriter,
@@ -122,6 +125,121 @@ def test_a_resumed_writer_skips_what_the_chunks_hold(tmp_path: Path) -> None:
             writer.add("u0", _value(0))
     _write(path, range(5))
     _check(path, range(5))
+
+
+def test_to_resume_no_more_is_in_memory_than_the_values_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with FeatureWriter(path) as writer:
+        for number in range(12):
+            writer.add(f"u{number}", list(range(50_000)))
+            writer.flush()
+    tracemalloc.start()
+    try:
+        dict(feature_store._load(chunk_folder(path) / "000000.pt"))
+        _, most_of_one = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        with FeatureWriter(path) as writer:
+            assert len(writer.done_ids) == 12
+        _, most_of_all = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_of_all < 3 * most_of_one
+
+
+class _HeldSave:
+    """Stands for the function that writes a chunk: waits for a release, and notes what was written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.released = threading.Semaphore(0), threading.Semaphore(0)
+        self.written: list[str] = []
+        self._save = feature_store._save
+        monkeypatch.setattr(feature_store, "_save", self)
+
+    def __call__(self, path: Path, content: dict[str, object]) -> None:
+        self.begun.release()
+        assert self.released.acquire(timeout=30)
+        self._save(path, content)
+        self.written.append(f"{path.parent.stem}/{path.stem}")
+
+
+def test_while_a_chunk_is_written_the_next_one_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, held = tmp_path / "a.pt", _HeldSave(monkeypatch)
+    with FeatureWriter(path, nested=True, chunk_utterances=1) as writer:
+        with BackgroundFlush([writer]) as background:
+            writer.add("u0", _value(0))
+            background.start()
+            assert held.begun.acquire(timeout=30) and not writer.is_full
+            writer.add("u1", _value(1))
+            assert writer.is_full and writer.done_ids == set()  # nothing is done before it is written
+            with pytest.raises(ValueError, match="has a value for 'u0' already"):
+                writer.add("u0", _value(0))
+            held.released.release(2)
+            background.start()  # waits for the first
+            assert "u0" in writer.done_ids and held.written[:1] == ["a/000000"]
+        assert writer.done_ids == {"u0", "u1"}  # the end of the block waits
+        held.released.release(1)
+        writer.finish("single")
+    _check(path, range(2))
+
+
+def test_of_several_writers_chunks_are_written_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = _HeldSave(monkeypatch)
+    held.released.release(5)
+    with FeatureWriter(tmp_path / "a.pt") as first, FeatureWriter(tmp_path / "b.pt") as second:
+        with BackgroundFlush([second, first]) as background:
+            for number in range(2):
+                first.add(f"u{number}", [number])
+                second.add(f"u{number}", [number])
+                background.start()
+        second.add("u2", [2])
+        second.flush()
+    assert held.written == ["b/000000", "a/000000", "b/000001", "a/000001", "b/000002"]
+
+
+@pytest.mark.parametrize("where", ["start", "wait", "end"])
+def test_what_could_not_be_written_meanwhile_is_told_and_kept(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = FeatureWriter(tmp_path / "a.pt"), FeatureWriter(tmp_path / "b.pt")
+
+    def add(number: int) -> None:
+        for writer in (first, second):
+            writer.add(f"u{number}", [number])
+
+    def fail(path: Path, content: dict[str, object]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with first, second:
+        with monkeypatch.context() as full_disk:
+            message = r"a.chunks/000001.pt: No space left on device; the 1 utterances written before are safe"
+            with pytest.raises(FeatureWriteError, match=message), BackgroundFlush([first, second]) as background:
+                add(0)
+                background.start()
+                background.wait()
+                full_disk.setattr(feature_store, "_save", fail)
+                add(1)
+                background.start()
+                add(2)
+                if where != "end":
+                    getattr(background, where)()
+                    pytest.fail("the failure was not told")
+        for writer in (first, second):
+            assert writer.done_ids == {"u0"} == set(open_features(writer.output_path))
+        for writer in (first, second):  # the disk has room again
+            writer.finish("single")
+            assert dict(open_features(writer.output_path)) == {f"u{number}": [number] for number in range(3)}
+
+
+def test_an_error_of_the_caller_waits_for_the_chunk_in_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, held = tmp_path / "a.pt", _HeldSave(monkeypatch)
+    with FeatureWriter(path, nested=True) as writer:
+        with pytest.raises(KeyError, match="mine"), BackgroundFlush([writer]) as background:
+            writer.add("u0", _value(0))
+            background.start()
+            threading.Timer(0.2, held.released.release).start()
+            raise KeyError("mine")
+        assert writer.done_ids == {"u0"}
+    _check(path, range(1))
 
 
 def test_a_finished_file_grows_by_the_new_utterances_only(tmp_path: Path) -> None:

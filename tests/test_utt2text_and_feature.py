@@ -1,13 +1,12 @@
+import itertools
 import json
 import os
-import random
 import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ import utt2text_and_feature
 from cosyvoice.utils.model_dir import get_tokenizer, text_embedding_table
 from taste.feature_store import FeatureWriter, chunk_folder, open_features
 from taste.manifest import read_manifest
+from taste.whisper_encoder import WhisperEncoder
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = "utt2text_and_feature.py"
+SIGNALLED = Path(__file__).with_name("signalled.py")
 OUTPUTS = ("text_emb", "whisper_feats", "utt2info")
 TEXTS = ("Hello, world.", "那很不明智", "CHAPTER ONE", "Python 编程 3", "a", "It's only a test of a longer sentence.")
 
@@ -65,15 +66,21 @@ def _run(manifest: Path, model_dir: Path, output: Path, *more: str) -> int:
     return utt2text_and_feature.main(_words(manifest, model_dir, output, *more))
 
 
-def _start(words: list[str], **options: Any) -> subprocess.Popen[str]:
+def _start(words: list[str], *wrapper: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *words],
+        [sys.executable, *wrapper, SCRIPT, *words],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         **options,
     )
+
+
+def _rows(corpus: Path) -> list[dict[str, Any]]:
+    """Lines of a manifest, with paths that are good anywhere."""
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
+    return [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
 
 
 def _features(output: Path, split: str = "train") -> dict[str, Any]:
@@ -178,30 +185,20 @@ def test_bad_recordings_are_listed_and_the_others_go_on(
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_writes_the_same_values(
+def test_killed_in_the_middle_of_writes_and_resumed_it_writes_the_same_values(
     tmp_path: Path, corpus: Path, model_dir: Path
 ) -> None:
-    moments = random.Random(3)
-    entries = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
-    for entry in entries:
-        entry["audio_path"] = str(corpus.parent / entry["audio_path"])
-    twice = entries + [entry | {"utt_id": f"{entry['utt_id']} again"} for entry in entries]
+    twice = [entry | {"utt_id": f"{entry['utt_id']}{again}"} for again in ("", " again") for entry in _rows(corpus)]
     manifest = write_manifest(tmp_path / "train.jsonl", twice)
     small_chunks = ("--save-mode", "single", "--batch-size", "2", "--chunk-utterances", "2")
     assert _run(manifest, model_dir, tmp_path / "never killed", *small_chunks) == 0
     output = tmp_path / "killed"
-    folder = chunk_folder(output / "train_utt2info.pt")
-    written = 0
-    for _ in range(3):
-        process = _start(_words(manifest, model_dir, output, *small_chunks))
-        while len(list(folder.glob("*.pt"))) <= written and process.poll() is None:
-            time.sleep(0.001)  # it is at work for certain once a new chunk has come
-        time.sleep(moments.uniform(0, 0.03))
-        process.kill()
-        text, _ = process.communicate()
+    # of a batch the info is written first, then the features, then the text; at last the three files, text first
+    for write, with_info in ((2, 2), (5, 4), (8, 8), (56, 44)):  # features; text; info; the merged features
+        process = _start(_words(manifest, model_dir, output, *small_chunks), SIGNALLED, "SIGKILL", str(write))
+        text, _ = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, text
-        assert written < len(list(folder.glob("*.pt"))) < len(twice) / 2
-        written = len(list(folder.glob("*.pt")))
+        assert len(open_features(output / "train_utt2info.pt")) == with_info
     assert _run(manifest, model_dir, output, *small_chunks) == 0
     _assert_equal(_features(output), _features(tmp_path / "never killed"))
     assert not list(output.glob(".*")) and not list(output.glob("*.chunks")) and not list(output.glob("*.lock"))
@@ -212,18 +209,26 @@ def test_a_stop_signal_saves_everything_and_says_how_to_go_on(
     tmp_path: Path, corpus: Path, model_dir: Path, never_stopped: Path
 ) -> None:
     words = _words(corpus, model_dir, tmp_path, "--save-mode", "single", "--chunk-utterances", "4")
-    process = _start(words)
-    while not chunk_folder(tmp_path / "train_utt2info.pt").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.terminate()
+    process = _start(words, SIGNALLED, "SIGTERM", "1")
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 143, text
     assert "stopping after this batch" in text and "stopped by a signal; everything so far is saved" in text
     saved = _features(tmp_path)
-    assert 0 < len(saved["utt2info"]) < 22
+    assert len(saved["utt2info"]) in (4, 8)  # the first batch was being written, the second perhaps in work
     assert set(saved["utt2info"]) == set(saved["text_emb"]) == set(saved["whisper_feats"])
     assert utt2text_and_feature.main(shlex.split(text.strip().splitlines()[-1])[2:]) == 0
     _assert_equal(_features(tmp_path), _features(never_stopped))
+
+
+def test_where_no_terminal_shows_a_bar_a_line_tells_how_far_it_is(
+    tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    assert _run(corpus, model_dir, tmp_path, "--subset-ratio", "0.3") == 0
+    told = capsys.readouterr().err
+    first, second = (line for line in told.splitlines() if line.startswith("extracting"))
+    assert first.startswith("extracting: 4 of 7 utterances, ") and second.startswith("extracting: 7 of 7 utterances, ")
+    assert first.endswith(" x real time") and "\r" not in told
 
 
 def test_the_memory_guard_stops_saved_and_its_command_goes_on(
@@ -253,6 +258,31 @@ def test_a_full_disk_loses_nothing_that_was_written(
     assert 0 < written < 22 and f"the {written} utterances written before are safe" in text
     assert not list(tmp_path.rglob(".*"))
     assert utt2text_and_feature.main(words) == 0
+    _assert_equal(_features(tmp_path), _features(never_stopped))
+
+
+def test_a_full_device_saves_what_was_done(
+    tmp_path: Path,
+    corpus: Path,
+    model_dir: Path,
+    never_stopped: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--save-mode", "single", "--chunk-utterances", "8")
+    encode, batches = WhisperEncoder.encode, itertools.count(1)
+
+    def encode_three_batches(self: WhisperEncoder, waveforms: list[torch.Tensor]) -> Any:
+        if next(batches) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return encode(self, waveforms)
+
+    with monkeypatch.context() as small_device:
+        small_device.setattr(WhisperEncoder, "encode", encode_three_batches)
+        assert _run(corpus, model_dir, tmp_path, *words) == 1
+    assert "all before is saved" in capsys.readouterr().err
+    assert all(len(values) == 12 for values in _features(tmp_path).values())
+    assert _run(corpus, model_dir, tmp_path, *words) == 0
     _assert_equal(_features(tmp_path), _features(never_stopped))
 
 
@@ -292,16 +322,10 @@ def test_a_grown_manifest_computes_only_its_new_lines(
     assert "this run: 0 utterances" in capsys.readouterr().out
 
 
-def _first_rows(corpus: Path, count: int) -> list[dict[str, Any]]:
-    """Lines of a manifest, with paths that are good anywhere."""
-    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()[:count]]
-    return [row | {"audio_path": str(corpus.parent / row["audio_path"])} for row in rows]
-
-
 def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
     tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, manifest, output = _first_rows(corpus, 4), tmp_path / "train.jsonl", tmp_path / "out"
+    rows, manifest, output = _rows(corpus)[:4], tmp_path / "train.jsonl", tmp_path / "out"
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert _run(manifest, model_dir, output) == 0
     before = _features(output)
@@ -342,7 +366,7 @@ def test_a_corrected_transcript_is_done_again_and_another_corpus_is_refused(
 def test_recordings_may_move_but_not_be_others(
     tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, manifest, output = _first_rows(corpus, 4), tmp_path / "train.jsonl", tmp_path / "out"
+    rows, manifest, output = _rows(corpus)[:4], tmp_path / "train.jsonl", tmp_path / "out"
     manifest.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert _run(manifest, model_dir, output) == 0
     moved = tmp_path / "moved.wav"
