@@ -17,11 +17,15 @@ The same command goes on where it was stopped or killed (with --resume auto, the
 with everything saved).
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+
+# read when torch is imported: batches of many lengths leave gaps in a GPU's memory that nothing else fits into
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
 import torch
 
@@ -77,7 +81,8 @@ SEED = 0  # of the new parts' weights, the order of the data, dropout, and sampl
 NUM_WORKERS = 0  # processes that load features; 4 where these are many and on a slow disk
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 RESUME = "auto"  # auto: go on from this run's last checkpoint; never: start anew, over it; or a checkpoint's path
-CHECKPOINT_EVERY = 0  # steps between checkpoints within an epoch; 0: at its end only
+CHECKPOINT_EVERY = 0  # steps between checkpoints within an epoch; 0: none by their number
+CHECKPOINT_MINUTES = 10.0  # minutes between checkpoints within an epoch, the most that a kill costs; 0: at its end only
 
 # --- sizes of what taste_novq and taste have beside the language model -----------
 AGGREGATOR_LAYERS = 2  # cross-attention layers that gather the speech of each text token

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,31 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(f"cannot write {path} ({error}); what was saved before is untouched. Free some space.") from error
     write_json(path.with_suffix(".json"), checkpoint.notes)
+
+
+def disk_warning(last_path: Path, best_path: Path, model: nn.Module) -> str | None:
+    """Look whether the disk has room for the checkpoints of a run.
+
+    Args:
+        last_path: of the checkpoint to go on from, in a folder whose parent exists.
+        best_path: of the one that is kept for its weights alone.
+        model: what is trained, as AdamW does it.
+
+    Returns:
+        a warning where the disk has too little room; None where it has enough.
+    """
+    best = sum(values.nbytes for values in model.learned_state().values())
+    last = best + 2 * sum(values.nbytes for values in model.parameters() if values.requires_grad)  # two moments
+    present = sum(path.stat().st_size for path in (last_path, best_path) if path.is_file())
+    needed = 2 * last + best - present  # a new last.pt is written before the one from before goes
+    free = shutil.disk_usage(last_path.parent.parent).free
+    if needed <= free:
+        return None
+    return (
+        f"warning: the checkpoints in {last_path.parent} may not fit on the disk: another {needed / 1e9:.1f} GB are "
+        f"needed ({last_path.name} {last / 1e9:.1f} GB, as much again while the next one is written, {best_path.name} "
+        f"{best / 1e9:.1f} GB), {free / 1e9:.1f} GB are free"
+    )
 
 
 def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:

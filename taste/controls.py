@@ -35,8 +35,9 @@ class OtherRecording(Dataset[Example]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Example:
-        other = self.dataset[(index + len(self) // 2) % len(self)]  # half-way round: often of another speaker too
-        return self.dataset[index]._replace(speech_final=other.speech_final, speech_mid=other.speech_mid)
+        other = self.dataset.utt_ids[(index + len(self) // 2) % len(self)]  # half-way round: often of another speaker
+        final, mid = self.dataset.speech(other)
+        return self.dataset.without_speech(index)._replace(speech_final=final, speech_mid=mid)
 
 
 class Silence(Dataset[Example]):
@@ -56,8 +57,8 @@ class Silence(Dataset[Example]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Example:
-        example = self.dataset[index]
-        frames = len(example.speech_final)
+        example = self.dataset.without_speech(index)
+        frames = self.dataset.speech_frames(example.utt_id)
         return example._replace(speech_final=self.final[:frames], speech_mid=self.mid[:frames])
 
 

@@ -15,6 +15,7 @@ from cosyvoice.utils.model_dir import ModelSizes
 from taste.batch import Example
 from taste.feature_store import open_features, open_units, stored_bytes
 from taste.keys import common_ids
+from taste.read_ahead import read_ahead
 
 # T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels
 
@@ -91,16 +92,41 @@ class UtteranceDataset(Dataset[Example]):
         return len(self.selection.utt_ids)
 
     def __getitem__(self, index: int) -> Example:
+        example = self.without_speech(index)
+        if self.features.speech is None:
+            return example
+        final, mid = self.speech(example.utt_id)
+        return example._replace(speech_final=final, speech_mid=mid)
+
+    def without_speech(self, index: int) -> Example:
+        """An utterance without its Whisper features, which are not read.
+
+        Args:
+            index: its number.
+
+        Returns:
+            all else of it.
+        """
         utt_id = self.selection.utt_ids[index]
         units = torch.tensor(self.features.units[utt_id])
-        final = mid = None
-        if self.features.speech is not None:
-            speech = self.features.speech[utt_id]
-            frames = self.speech_frames(utt_id)
-            final, mid = speech["final"][:frames].float(), speech["mid"][:frames].float()
         text_tokens, word_ids = (self._of_tokens(utt_id, name) if self.has_words else None for name in WORD_FIELDS)
         text = self.features.text[utt_id].float()
-        return Example(utt_id, text, final, mid, self.speaker(utt_id), units, text_tokens, word_ids)
+        return Example(utt_id, text, None, None, self.speaker(utt_id), units, text_tokens, word_ids)
+
+    def speech(self, utt_id: str) -> tuple[Tensor, Tensor]:
+        """The Whisper features of an utterance.
+
+        Args:
+            utt_id: its id; the data set has Whisper features.
+
+        Returns:
+            the last layer's and the middle layer's, both [A, D] float32.
+        """
+        frames = self.speech_frames(utt_id)
+        final, mid = (self.features.speech[utt_id][name][:frames] for name in ("final", "mid"))
+        for layer in (final, mid):
+            read_ahead(layer)
+        return final.float(), mid.float()
 
     @property
     def utt_ids(self) -> list[str]:

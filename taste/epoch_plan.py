@@ -70,6 +70,32 @@ class EpochPlan:
         return [batches[start : min(start + group, usable)] for start in range(0, usable, group)]
 
 
+def halved(batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Cut batches in two, for a device whose memory is too small for them.
+
+    Args:
+        batches: utterance numbers of each.
+
+    Returns:
+        the halves, in order; a batch of one utterance stays whole.
+    """
+    halves = [half for batch in batches for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :])]
+    return [list(half) for half in halves if half]
+
+
+def most_demanding(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """The batch that needs the most memory: attention grows with the square of the longest row.
+
+    Args:
+        batches: utterance numbers of each, at least one.
+        lengths: length of each utterance, in any unit.
+
+    Returns:
+        utterance numbers of one of them.
+    """
+    return list(max(batches, key=lambda batch: len(batch) * max(lengths[number] for number in batch) ** 2))
+
+
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Every utterance once, sorted by length: for evaluation and generation, where the order does not matter.
 

@@ -31,6 +31,7 @@ VARIANTS = tuple(PARTS)
 PRETRAINED_PART = "llm"  # the submodule that the model folder holds; all others are a variant's own
 SOS_ROW, TASK_ROW = 0, 1  # rows of llm_embedding
 TOP = 5  # a unit counts as found when it is among so many best ones
+LENGTH_MULTIPLES = {"cuda": 16}  # of what the LM reads, by device: attention there copies a mask of any other length
 
 
 class Prefix(NamedTuple):
@@ -219,6 +220,7 @@ class CosyVoiceS3Model(nn.Module):
         if hidden_units is not None:
             spoken = spoken.masked_fill(hidden_units[:, :, None], 0.0)
         parts = torch.cat([prefix.vectors, spoken.to(prefix.vectors.dtype)], dim=1)
+        parts = F.pad(parts, (0, 0, 0, -parts.shape[1] % LENGTH_MULTIPLES.get(parts.device.type, 1)))
         place = torch.arange(parts.shape[1], device=parts.device)[None]
         source = torch.where(place < before, place, place - before + width).clamp(max=parts.shape[1] - 1)
         joined = parts.gather(1, source[:, :, None].expand(-1, -1, dim))

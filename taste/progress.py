@@ -20,6 +20,7 @@ class Progress:
     epoch: int = 0  # epochs completed, their evaluation included
     step_in_epoch: int = 0  # steps completed of the epoch in work
     step: int = 0  # steps completed in all
+    skipped_in_a_row: int = 0  # the last so many of them were left out, because their loss or gradient was no number
     epoch_totals: Totals = field(default_factory=Totals)  # of the epoch in work
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch; the first is from before training
     best_epoch: int | None = None  # the one with the lowest test loss
@@ -51,7 +52,7 @@ class StepRecord:
         """Append a line.
 
         Args:
-            kind: `step` or `epoch`.
+            kind: `step`, `skipped` (a step that was left out) or `epoch`.
             step: steps completed.
             epoch: the epoch it belongs to.
             results: what to note.
@@ -79,4 +80,4 @@ def _was_before(line: str, step: int, epochs: int) -> bool:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return False
-    return entry["step"] <= step if entry["kind"] == "step" else entry["epoch"] < epochs
+    return entry["epoch"] < epochs if entry["kind"] == "epoch" else entry["step"] <= step

@@ -1,6 +1,8 @@
 """The training loop: from a model and two data sets to checkpoints and a record of every step."""
 
 import math
+import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from taste.batch import Batch
+from taste.batch import Batch, collate
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
-from taste.epoch_plan import EpochPlan
+from taste.epoch_plan import EpochPlan, halved, most_demanding
 from taste.followed import followed
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress import Progress, StepRecord
@@ -25,10 +29,11 @@ from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_ov
 ADAM_BETAS = (0.9, 0.98)
 LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
 SHOWN_UTTERANCES = 8
+MOST_SKIPPED_STEPS = 5  # in a row, whose loss or gradient is no number; at so many the training has failed
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or a gradient is no number; the message names the step and the utterances."""
+    """The loss or the gradient of several steps in a row is no number; the message names step and utterances."""
 
 
 class RunStopped(Exception):  # noqa: N818 - nothing went wrong, someone asked for it
@@ -48,12 +53,13 @@ class TrainingConfig:
     grad_clip: float  # largest norm of the gradient
     accumulation_steps: int  # batches whose gradients make one step
     seed: int
-    checkpoint_every: int = 0  # steps; 0: only at the end of each epoch
+    checkpoint_every: int = 0  # steps; 0: none by their number
+    checkpoint_minutes: float = 0  # since the last one; 0: none by the clock. One is written after each epoch anyway
     num_workers: int = 0  # processes that load features
 
     def __post_init__(self) -> None:
         least = {"num_epochs": 0, "batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "accumulation_steps": 1}
-        least |= {"checkpoint_every": 0, "num_workers": 0}
+        least |= {"checkpoint_every": 0, "checkpoint_minutes": 0, "num_workers": 0}
         problems = [
             f"{name.upper()} is {vars(self)[name]}, expected {low} or more"
             for name, low in least.items()
@@ -75,6 +81,9 @@ class Trainer:
     batches, accumulated batches and processes changes nothing but rounding. The quantizer's own loss, averaged over all
     words, is added; its codebooks follow each batch in turn, so there the spreading does change something.
 
+    A step whose loss or gradient is no number is left out. A batch that does not fit in the device's memory is computed
+    in parts, by one process alone: of several, the others would wait for its gradients.
+
     Args:
         model: the model; it is moved to the accelerator's device.
         train_set: utterances to learn from.
@@ -86,6 +95,7 @@ class Trainer:
         stop_requested: asked before every batch; where it says True, the trainer saves and raises `RunStopped`.
         on_epoch: called in the main process with the history before training and after each epoch.
         on_minute: called in the main process with the history, once a minute within an epoch.
+        clock: gives seconds, for `checkpoint_minutes`.
 
     Raises:
         ValueError: the model has nothing to learn, or there are more processes than batches.
@@ -103,6 +113,7 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
         on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
         on_minute: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.train_set, self.test_set = train_set, test_set
@@ -112,6 +123,8 @@ class Trainer:
         self.record = StepRecord(run_folder / "metrics.jsonl")
         self.plan = EpochPlan(train_set.lengths, config.batch_size, config.seed)
         self.progress = Progress()
+        self._clock, self._saved_at = clock, clock()
+        self._told_of_parts = False
         self.model = model.to(accelerator.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=ADAM_BETAS)
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -173,18 +186,46 @@ class Trainer:
 
         Raises:
             RunStopped: it was asked to stop; `last.pt` holds everything.
-            NonFiniteLossError: a loss or a gradient is no number; nothing of that step is kept.
+            NonFiniteLossError: the loss or the gradient of `MOST_SKIPPED_STEPS` steps in a row is no number.
+            ValueError: not even one utterance fits in the device's memory.
         """
         progress = self.progress
         if self.accelerator.is_main_process:
             self.record.keep_until(progress)
         self.optimizer.zero_grad()  # whatever was done with the model before is no part of the first step
+        if self.accelerator.device.type == "cuda" and progress.epoch < self.config.num_epochs:
+            self.try_memory()
         if not progress.history:
             self._complete_epoch(0, {}, self._evaluate())
         while progress.epoch < self.config.num_epochs:
             self._train_epoch()
-            self._complete_epoch(progress.epoch + 1, progress.epoch_totals.averages(), self._evaluate())
+            totals = progress.epoch_totals  # of no target, where all steps were left out
+            self._complete_epoch(progress.epoch + 1, totals.averages() if totals.target_count else {}, self._evaluate())
         return progress
+
+    def try_memory(self) -> None:
+        """Compute the epoch's most demanding batch and forget it: what does not fit is told now, not after hours.
+
+        Nothing of the run changes.
+
+        Raises:
+            ValueError: not even one utterance fits in the device's memory.
+        """
+        device, codebooks = self.accelerator.device, self._codebooks()
+        batches = [batch for step in self._steps_of(self.progress.epoch) for batch in step]
+        batch = most_demanding(batches, self.train_set.lengths)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # what a later step finds in memory: AdamW's two moments, and the gradients of the batches before
+        moments = [torch.empty_like(values) for values in 2 * learning] if not self.optimizer.state else []
+        if self.config.accumulation_steps > 1:
+            for parameter in learning:
+                parameter.grad = torch.zeros_like(parameter)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self.wrapped_model.train()
+            self._gradients([self._load(batch)], [batch], codebooks)
+        del moments
+        self.optimizer.zero_grad()
+        self._restore(codebooks)
 
     def _train_epoch(self) -> None:
         """The steps of the epoch in work that are not done yet."""
@@ -205,34 +246,131 @@ class Trainer:
             on_line=lambda: self.on_minute(progress.history),
         )
         for own_batches in steps:
-            self._stop_if_asked()
-            totals = self._train_step([next(loader) for _ in own_batches])
+            self._stop_or_save_if_due()
+            totals = self._train_step([next(loader) for _ in own_batches], own_batches)
             if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
                 self._save_last()
 
-    def _train_step(self, batches: list[Batch]) -> Totals:
-        """One step of the optimizer; gives the sums over all batches of all processes."""
+    def _train_step(self, batches: list[Batch], numbers: list[list[int]]) -> Totals:
+        """One step of the optimizer, left out where its loss or gradient is no number.
+
+        Args:
+            batches: of this process, emptied on the way.
+            numbers: of the utterances in each.
+
+        Returns:
+            the sums over all batches of all processes.
+        """
         progress, config, accelerator = self.progress, self.config, self.accelerator
         self.wrapped_model.train()
-        _seed_step(config.seed, progress.step, accelerator.process_index)
+        codebooks = self._codebooks()
         share = share_of_peak(progress.step, config.num_epochs * self.steps_per_epoch, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
-        utt_ids = [utt_id for batch in batches for utt_id in batch.utt_ids]
-        own_totals, spoiled = self._add_up_gradients(batches)
+        own_totals, spoiled = self._gradients(batches, numbers, codebooks)
         totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
         gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
-        if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
-            raise _not_finite(progress.step + 1, totals, gradient_norm, spoiled or utt_ids)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         progress.step += 1
         progress.step_in_epoch += 1
+        if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
+            self.optimizer.zero_grad()
+            self._restore(codebooks)
+            utt_ids = [self.train_set.utt_ids[number] for batch in numbers for number in batch]
+            self._note_skipped(totals, gradient_norm, gather_object(spoiled) or gather_object(utt_ids))
+            return totals
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.skipped_in_a_row = 0
         progress.epoch_totals += totals
         if accelerator.is_main_process:
             results = {"lr": share * config.lr, "gradient_norm": gradient_norm, "targets": int(totals.target_count)}
             self.record.add("step", progress.step, progress.epoch + 1, totals.averages() | results)
         return totals
+
+    def _note_skipped(self, totals: Totals, gradient_norm: float, utt_ids: list[str]) -> None:
+        """Tell that a step was left out; raises `NonFiniteLossError` where too many were, one behind the other."""
+        progress = self.progress
+        progress.skipped_in_a_row += 1
+        loss = totals.averages()["loss"]
+        shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
+        what = f"the loss is {loss}, the norm of its gradient {gradient_norm}; utterances: {shown}"
+        if self.accelerator.is_main_process:
+            numbers = {"loss": str(loss), "gradient_norm": str(gradient_norm)}  # JSON has no NaN
+            self.record.add("skipped", progress.step, progress.epoch + 1, {"utterances": utt_ids, **numbers})
+            tqdm.write(f"warning: step {progress.step} is left out: {what}", file=sys.stderr)
+        if progress.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+            raise NonFiniteLossError(
+                f"step {progress.step} is the last of {progress.skipped_in_a_row} in a row that came to no number: "
+                f"{what}. Nothing of these steps was learned. Look at the features of their utterances "
+                f"({self.record.path.name} names them all). If these are sound, the training has failed: begin another "
+                f"with a lower LR or more WARMUP_STEPS, say from the best weights of this one: --init-from "
+                f"{self.best_path} --run-name <another>"
+            )
+
+    def _gradients(
+        self, batches: list[Batch], numbers: list[list[int]], codebooks: dict[str, Tensor]
+    ) -> tuple[Totals, list[str]]:
+        """What `_add_up_gradients` gives, of smaller and smaller batches until they fit in the device's memory.
+
+        The result is that of whole batches but for rounding, dropout and the moving averages of codebooks.
+
+        Args:
+            batches: of this process, emptied on the way.
+            numbers: of the utterances in each.
+            codebooks: as they were before the step.
+
+        Returns:
+            the sums over this process's batches, and the utterances whose loss is no number.
+
+        Raises:
+            ValueError: not even one utterance fits in the device's memory.
+            torch.OutOfMemoryError: a batch does not fit, and there are several processes.
+        """
+        config, accelerator = self.config, self.accelerator
+        whole = rows = max(map(len, numbers))
+        longest = max(self.train_set.lengths[number] for batch in numbers for number in batch)
+        while True:
+            _seed_step(config.seed, self.progress.step, accelerator.process_index)
+            try:
+                found = self._add_up_gradients(batches)
+                break
+            except torch.OutOfMemoryError as error:
+                if accelerator.num_processes > 1:
+                    raise
+                if rows == 1:
+                    raise ValueError(
+                        f"the device is out of memory ({error}), even with one utterance at a time, of up to {longest} "
+                        "positions (text tokens and S3 units). Leave the longest recordings out, or let the new parts "
+                        "alone learn: --freeze-llm true --run-name <another>"
+                    ) from error
+            # only here, where the error keeps nothing of the attempt any more
+            self.optimizer.zero_grad()
+            batches.clear()
+            torch.cuda.empty_cache()
+            self._restore(codebooks)
+            numbers = halved(numbers)
+            rows = max(map(len, numbers))
+            batches.extend(self._load(batch) for batch in numbers)
+        if rows < whole and not self._told_of_parts:
+            self._told_of_parts = True
+            tqdm.write(
+                f"warning: {whole} utterances of up to {longest} positions do not fit in the device's memory together: "
+                f"steps with such batches are computed {rows} at a time, which takes longer (not told again)",
+                file=sys.stderr,
+            )
+        return found
+
+    def _load(self, batch: list[int]) -> Batch:
+        return collate([self.train_set[number] for number in batch])
+
+    def _codebooks(self) -> dict[str, Tensor]:
+        """A copy of what a step changes beside the gradients, if there is a quantizer: its codebooks."""
+        quantizer = self.model.quantizer
+        return {} if quantizer is None else {name: values.clone() for name, values in quantizer.state_dict().items()}
+
+    def _restore(self, codebooks: dict[str, Tensor]) -> None:
+        if codebooks:
+            self.model.quantizer.load_state_dict(codebooks)
 
     def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:
         """The gradient of the loss of a target, and of a word, over this step's targets and words in all processes.
@@ -271,7 +409,7 @@ class Trainer:
             self.config.batch_size,
             self.accelerator,
             num_workers=self.config.num_workers,
-            before_batch=self._stop_if_asked,
+            before_batch=self._stop_or_save_if_due,
         )
         return totals.averages()
 
@@ -290,6 +428,7 @@ class Trainer:
 
     def _save_last(self) -> None:
         self._save(self.last_path, with_optimizer=True)
+        self._saved_at = self._clock()
 
     def _save(self, path: Path, with_optimizer: bool) -> None:
         if self.accelerator.is_main_process:
@@ -298,11 +437,17 @@ class Trainer:
             save_checkpoint(path, Checkpoint(self.model.learned_state(), optimizer, notes))
         self.accelerator.wait_for_everyone()
 
-    def _stop_if_asked(self) -> None:
-        """Save and leave where any process was asked to stop; called equally often in each of them."""
-        (asked,) = sum_over_processes(self.accelerator, [float(self.stop_requested())])
-        if asked:
+    def _stop_or_save_if_due(self) -> None:
+        """Save and leave where any process was asked to stop; save where the main one's clock says so.
+
+        Called equally often in each process.
+        """
+        seconds, main = 60 * self.config.checkpoint_minutes, self.accelerator.is_main_process
+        due = seconds > 0 and main and self._clock() - self._saved_at >= seconds
+        asked, due = sum_over_processes(self.accelerator, [float(self.stop_requested()), float(due)])
+        if asked or due:
             self._save_last()
+        if asked:
             raise RunStopped(f"stopped after step {self.progress.step}; saved as {self.last_path}")
 
     def _steps_of(self, epoch: int) -> list[list[list[int]]]:
@@ -368,12 +513,3 @@ def _seed_step(seed: int, step: int, process: int) -> None:
     """Make the dropout of a step a function of where it stands, so that a resumed run draws the same."""
     (number,) = np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)
     torch.manual_seed(int(number))
-
-
-def _not_finite(step: int, totals: Totals, gradient_norm: float, utt_ids: list[str]) -> NonFiniteLossError:
-    shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
-    return NonFiniteLossError(
-        f"step {step}: the loss is {totals.averages()['loss']}, the norm of its gradient {gradient_norm}; utterances: "
-        f"{shown}. Nothing of this step was saved: last.pt is from before. Look at the features of these utterances, "
-        "lower LR, or raise WARMUP_STEPS"
-    )

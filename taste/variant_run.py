@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,15 @@ import torch
 import taste
 from cosyvoice.utils.model_dir import ModelSizes, sizes
 from taste.build import TasteSizes, build_model
-from taste.checkpoint import Checkpoint, check_same_folder, code_commit, load_checkpoint, save_checkpoint, write_json
+from taste.checkpoint import (
+    Checkpoint,
+    check_same_folder,
+    code_commit,
+    disk_warning,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+)
 from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
 from taste.feature_origin import check_origin, check_same_hearing
 from taste.fitted_start import fit_new_parts
@@ -66,7 +75,7 @@ def run_variant(
         OSError: a file is missing, or the disk is full.
         OutputBusyError: another process works on this run.
     """
-    say = print if accelerator.is_main_process else _say_nothing
+    say = partial(print, flush=True) if accelerator.is_main_process else _say_nothing
     run_folder = run_folder_of(settings)
     model_sizes = sizes(settings.cosyvoice_model_dir)
     evaluated = None if settings.num_epochs else find_checkpoint(settings, run_folder)
@@ -185,6 +194,7 @@ def open_data(
     learned = not (only_test and tested)
     check_origin([*([train_paths] if learned else []), *([test_paths] if tested else [])], settings.cosyvoice_model_dir)
     train_set = None
+    say("opening the features ...")  # many take a minute
     if learned:
         train_set = open_dataset(train_paths, model_sizes)
         say(train_set.selection.describe("training set"))
@@ -360,7 +370,7 @@ def train(
 
     Raises:
         RunStopped: it was asked to stop; it has saved.
-        NonFiniteLossError: a loss is no number.
+        NonFiniteLossError: the loss of several steps in a row is no number.
         ValueError: the checkpoint does not fit the settings, or the device has too little memory.
     """
     names = [field.name for field in fields(TrainingConfig)]
@@ -406,6 +416,8 @@ def train(
                 file.unlink(missing_ok=True)
     if accelerator.is_main_process:
         settings.save(run_folder / "settings.json")
+        if warning := disk_warning(trainer.last_path, trainer.best_path, model):
+            print(warning, flush=True)
     checkpoint = None  # gigabytes, of which model and optimizer have their own copies
     try:
         progress = trainer.fit()

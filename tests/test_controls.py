@@ -41,6 +41,27 @@ def test_a_silent_recording_is_as_long_as_the_right_one(tmp_path):
         assert silence[index].speech_mid.eq(1).all()
 
 
+class Unread:
+    """Features whose shape is known, and which nobody may read."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.shape = features.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+@pytest.mark.parametrize("control", ["shuffled", "silenced"])
+def test_ones_own_whisper_features_are_not_read(tmp_path, control):
+    dataset = small_dataset(tmp_path, "test", LENGTHS)
+    silence = torch.zeros(31, SPEECH_WIDTH)
+    wrong = OtherRecording(dataset) if control == "shuffled" else Silence(dataset, silence, silence)
+    expected, speech = wrong[0], dataset.features.speech._values
+    speech["utt-00"] = {name: Unread(features) for name, features in speech["utt-00"].items()}
+    for one, other in zip(expected, wrong[0], strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def test_silence_is_what_whisper_hears_of_it(tmp_path):
     folder, dataset = whisper_and_features(tmp_path)
     heard = {}

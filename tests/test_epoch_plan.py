@@ -1,6 +1,6 @@
 import pytest
 
-from taste.epoch_plan import POOL_BATCHES, EpochPlan, batches_by_length
+from taste.epoch_plan import POOL_BATCHES, EpochPlan, batches_by_length, halved, most_demanding
 
 LENGTHS = [(number * 37) % 101 + 1 for number in range(203)]
 
@@ -44,6 +44,18 @@ def test_steps_hold_all_batches_that_the_processes_can_share_evenly(batches_per_
 def test_two_processes_do_the_steps_of_one_that_accumulates_twice_as_much():
     plan = EpochPlan(LENGTHS[:64], 8, seed=1)
     assert plan.steps(0, 2, 1) == plan.steps(0, 1, 2)
+
+
+def test_halves_hold_each_utterance_in_its_order():
+    batches = [[4, 1, 7], [2], [5, 3]]
+    assert halved(batches) == [[4], [1, 7], [2], [5], [3]]
+    assert halved(halved(batches)) == [[4], [1], [7], [2], [5], [3]]
+
+
+def test_the_most_demanding_batch_has_many_rows_and_a_long_one():
+    lengths = [5, 5, 9, 10, 1]
+    assert most_demanding([[0, 1], [2, 4], [3]], lengths) == [2, 4]
+    assert most_demanding([[0, 1, 4], [3]], lengths) == [3]
 
 
 def test_evaluation_goes_by_length():

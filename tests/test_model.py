@@ -114,6 +114,21 @@ def test_padding_a_batch_further_changes_nothing(variant, batch):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sequence_of_a_length_that_a_gpu_likes_gives_the_same(variant, batch, monkeypatch):
+    model, lengths = small_model(variant), []
+    model.llm.llm.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    expected, scores = model.predict(batch), model(batch)
+    monkeypatch.setattr("taste.model.LENGTH_MULTIPLES", {"cpu": 16})
+    for all_rows, padded in zip((expected, *scores), (model.predict(batch), *model(batch)), strict=True):
+        torch.testing.assert_close(padded, all_rows, rtol=1e-5, atol=1e-5)
+    alone = [model.predict(collate([example]))[0] for example in random_examples(LENGTHS)]
+    for row, logits in enumerate(alone):
+        torch.testing.assert_close(expected[row, : len(logits)], logits, rtol=1e-5, atol=1e-5)
+    assert lengths[0] % 16 and not any(length % 16 for length in lengths[2:])
+    assert lengths[2] - lengths[0] < 16
+
+
 def test_a_hidden_unit_is_read_as_zeros_and_still_predicted(batch):
     model = small_model("text_only")
     prefix = model.prefix(batch)

@@ -9,6 +9,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -452,6 +453,38 @@ def test_the_same_command_again_trains_nothing_more(work):
     assert work.metrics() == metrics
 
 
+def test_a_full_disk_is_told_before_the_first_step(work, capsys, monkeypatch):
+    monkeypatch.setattr("taste.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert work.run(num_epochs=1) == 0
+    told = capsys.readouterr().out
+    assert told.index("opening the features") < told.index("training set: 10") < told.index("0.0 GB are free")
+    assert told.index("0.0 GB are free") < told.index("epoch   0")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ],
+)
+def test_how_a_gpus_memory_is_shared_out_is_said_before_torch_is_there(given, expected):
+    code = (
+        "import os, sys\n"
+        "sys.modules['torch'] = None  # importing it is an error\n"
+        "try:\n"
+        "    import model_code\n"
+        "except ImportError:\n"
+        "    print(os.environ['PYTORCH_ALLOC_CONF'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
 def test_more_epochs_go_on_from_the_last_checkpoint(work, capsys):
     assert work.run(num_epochs=1) == 0
     assert work.run(num_epochs=3) == 0
@@ -800,6 +833,24 @@ def test_two_processes_train_the_quantizer_too(work):
     assert [entry["epoch"] for entry in history] == [0, 1, 2]
     assert history[2]["train"]["loss"] < history[0]["test"]["loss"] + 1  # a number, and no other training
     assert 0 < work.metrics("taste")["codes"]["usage"][0] <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_the_same_step(work):
+    examples = random_examples(LENGTHS[:8])
+    examples[5] = examples[5]._replace(text=torch.full_like(examples[5].text, torch.nan))
+    write_features(work.folder, "train", examples)
+    options = {"variant": "text_only", "num_epochs": 1, "batch_size": 1}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(REPOSITORY / "model_code.py"), *work.words(**options)]
+    done = subprocess.run(command, cwd=work.folder, capture_output=True, text=True, timeout=2 * KILL_TIMEOUT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    record = (work.folder / "exp" / "text_only" / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, record) if line["kind"] != "epoch"]
+    assert sorted(line["step"] for line in lines) == [1, 2, 3, 4]
+    assert [line["utterances"] for line in lines if line["kind"] == "skipped"] == [["utt-05"]]
+    assert done.stderr.count("is left out") == 1
+    assert all(value.isfinite().all() for value in work.weights("text_only").values())
 
 
 def test_features_loaded_by_other_processes_train_the_same(work):

@@ -5,20 +5,30 @@ import math
 import re
 import subprocess
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from taste.checkpoint import Checkpoint, code_commit, load_checkpoint, save_checkpoint
+from taste.batch import Batch
+from taste.checkpoint import Checkpoint, code_commit, disk_warning, load_checkpoint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.model import CosyVoiceS3Model
 from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate
-from taste.training import NonFiniteLossError, RunStopped, Trainer, TrainingConfig, parameter_groups, share_of_peak
-from tests.small_stage3 import random_examples, small_dataset, small_model
+from taste.training import (
+    MOST_SKIPPED_STEPS,
+    NonFiniteLossError,
+    RunStopped,
+    Trainer,
+    TrainingConfig,
+    parameter_groups,
+    share_of_peak,
+)
+from tests.small_stage3 import small_dataset, small_model
 
 CONFIG = TrainingConfig(
     num_epochs=2,
@@ -55,10 +65,12 @@ def make_trainer(
     sets: tuple[UtteranceDataset, UtteranceDataset],
     model: CosyVoiceS3Model | None = None,
     stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = lambda: 0.0,
     **options,
 ) -> Trainer:
     config = dataclasses.replace(CONFIG, **options)
-    return Trainer(model or small_model(), *sets, config, folder, Accelerator(cpu=True), {"settings": {}}, stop)
+    notes, accelerator = {"settings": {}}, Accelerator(cpu=True)
+    return Trainer(model or small_model(), *sets, config, folder, accelerator, notes, stop, clock=clock)
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -123,10 +135,10 @@ def test_a_checkpoint_within_an_epoch_is_as_good(tmp_path, sets):
     killed = make_trainer(tmp_path / "killed", sets, checkpoint_every=3)
     train_step, steps = killed._train_step, iter(range(4))
 
-    def train_step_or_die(batches):
+    def train_step_or_die(*step):
         if next(steps, None) is None:
             raise KeyboardInterrupt  # no time to save anything
-        return train_step(batches)
+        return train_step(*step)
 
     killed._train_step = train_step_or_die
     with pytest.raises(KeyboardInterrupt):
@@ -261,20 +273,207 @@ def test_a_frozen_text_only_model_cannot_be_trained(tmp_path, sets):
         make_trainer(tmp_path, sets, small_model("text_only", freeze_llm=True))
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_utterance(tmp_path):
-    examples = random_examples(LENGTHS)
-    train_set = small_dataset(tmp_path, "train", LENGTHS)
-    bad = examples[6]._replace(text=torch.full_like(examples[6].text, math.nan))
-    train_set.features.text._values[bad.utt_id] = bad.text
-    trainer = make_trainer(tmp_path, (train_set, train_set.subset([0, 1])), checkpoint_every=1)
+def spoil(dataset: UtteranceDataset, numbers: Sequence[int]) -> None:
+    """Leave no number in the text features of some utterances."""
+    texts = dataset.features.text._values
+    for number in numbers:
+        texts[f"utt-{number:02d}"] = torch.full_like(texts[f"utt-{number:02d}"], math.nan)
+
+
+@pytest.mark.parametrize("variant", ["simple", "taste"])  # codebooks move before the loss is known
+def test_a_step_whose_loss_is_no_number_is_left_out_and_told(tmp_path, sets, capsys, variant):
+    spoil(sets[0], [6])
+    epochs = MOST_SKIPPED_STEPS + 1  # one such step in each
+    trainer = make_trainer(tmp_path, sets, small_model(variant), num_epochs=epochs)
+    history = trainer.fit().history
+    assert trainer.progress.step == 5 * epochs
+    skipped = [entry for entry in records(tmp_path) if entry["kind"] == "skipped"]
+    taken = [entry for entry in records(tmp_path) if entry["kind"] == "step"]
+    assert [entry["utterances"] for entry in skipped] == [["utt-06"]] * epochs
+    assert sorted(entry["step"] for entry in skipped + taken) == list(range(1, 5 * epochs + 1))
+    shares = [share_of_peak(entry["step"] - 1, 5 * epochs, CONFIG.warmup_steps) for entry in taken]
+    assert [entry["lr"] for entry in taken] == pytest.approx([CONFIG.lr * share for share in shares])
+    told = capsys.readouterr().err
+    assert told.count("is left out: the loss is nan") == epochs
+    assert f"warning: step {skipped[0]['step']} is left out" in told and "utterances: utt-06\n" in told
+    assert all(value.isfinite().all() for value in load_checkpoint(trainer.last_path).weights.values())
+    assert all(math.isfinite(value) for entry in history[1:] for value in entry["train"].values())
+
+
+@pytest.mark.parametrize("variant", ["simple", "taste"])
+@pytest.mark.parametrize("looks", range(3, 7))
+def test_a_resumed_run_leaves_out_the_same_steps(tmp_path, sets, variant, looks):
+    spoil(sets[0], [6, 7])
+    whole = make_trainer(tmp_path / "whole", sets, small_model(variant))
+    whole.fit()
+    with pytest.raises(RunStopped):
+        make_trainer(tmp_path / "parts", sets, small_model(variant), stop=Asked(after=looks)).fit()
+    going_on = make_trainer(tmp_path / "parts", sets, small_model(variant))
+    going_on.resume(load_checkpoint(going_on.last_path))
+    going_on.fit()
+    assert_same(load_checkpoint(whole.last_path).weights, load_checkpoint(going_on.last_path).weights)
+    assert_same(load_checkpoint(whole.last_path).notes, load_checkpoint(going_on.last_path).notes)
+    assert any(entry["kind"] == "skipped" for entry in records(tmp_path / "whole"))
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("steps_before_a_stop", [0, 3])
+def test_many_steps_in_a_row_that_come_to_no_number_end_the_run(tmp_path, sets, steps_before_a_stop):
+    spoil(sets[0], range(len(LENGTHS)))
+    if steps_before_a_stop:
+        with pytest.raises(RunStopped):
+            make_trainer(tmp_path, sets, batch_size=1, stop=Asked(after=3 + steps_before_a_stop)).fit()
+    trainer = make_trainer(tmp_path, sets, batch_size=1)
+    if steps_before_a_stop:
+        trainer.resume(load_checkpoint(trainer.last_path))
+    start = {name: value.clone() for name, value in trainer.model.learned_state().items()}
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.fit()
-    step = trainer.progress.step + 1
-    assert f"step {step}: the loss is nan" in str(caught.value)
-    assert "utterances: utt-06. " in str(caught.value)
-    kept = load_checkpoint(trainer.last_path)
-    assert kept.notes["progress"]["step"] == step - 1
-    assert all(value.isfinite().all() for value in kept.weights.values())
+    lines = [entry for entry in records(tmp_path) if entry["kind"] == "skipped"]
+    assert len(lines) == MOST_SKIPPED_STEPS == 5
+    told = str(caught.value)
+    assert "step 5 is the last of 5 in a row" in told and lines[-1]["utterances"][0] in told
+    assert f"--init-from {trainer.best_path} --run-name" in told
+    assert_same(start, trainer.model.learned_state())
+
+
+def test_a_gradient_that_is_no_number_is_left_out_too_with_all_utterances_of_its_step(tmp_path, sets):
+    trainer = make_trainer(tmp_path, sets, num_epochs=1)
+    factors = iter([math.inf])  # in the first step
+    trainer.model.llm.llm_decoder.weight.register_hook(lambda gradient: gradient * next(factors, 1.0))
+    trainer.fit()
+    first, *others = [entry for entry in records(tmp_path) if entry["kind"] != "epoch"]
+    (batch,) = trainer._steps_of(0)[0]
+    assert first["kind"] == "skipped" and first["utterances"] == [sets[0].utt_ids[number] for number in batch]
+    assert math.isfinite(float(first["loss"])) and not math.isfinite(float(first["gradient_norm"]))
+    assert {entry["kind"] for entry in others} == {"step"} and len(others) == 4
+
+
+def test_an_epoch_of_which_no_step_was_taken_has_no_training_loss(tmp_path, sets):
+    spoil(sets[0], range(len(LENGTHS)))
+    history = make_trainer(tmp_path, sets, num_epochs=1, batch_size=4).fit().history  # 3 steps
+    assert history[1]["train"] == {} and history[1]["test"] == history[0]["test"]
+
+
+def let_memory_end(trainer: Trainer, rows: int, fits: int = 0) -> list[int]:
+    """Let a batch of more than so many rows not fit, but the first ones; gives the rows of all that are tried."""
+    forward, tried = trainer.wrapped_model.forward, []
+
+    def limited(batch: Batch):
+        tried.append(len(batch.utt_ids))
+        if tried[-1] > rows and len(tried) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(batch)
+
+    trainer.wrapped_model.forward = limited
+    return tried
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_computed_in_parts(tmp_path, sets, capsys):
+    options = {"num_epochs": 1, "batch_size": 5, "accumulation_steps": 2}
+    whole = make_trainer(tmp_path / "whole", sets, small_model(freeze_llm=True), **options)  # without dropout
+    whole.fit()
+    cut = make_trainer(tmp_path / "cut", sets, small_model(freeze_llm=True), **options)
+    tried = let_memory_end(cut, rows=2, fits=1)  # the first batch's gradient is there when the second ends it
+    (tmp_path / "cut").mkdir()
+    cut._train_epoch()
+    assert tried == [5, 5, 2, 3, 1, 1, 1, 2, 1, 1, 1, 2]
+    (one,) = [entry for entry in records(tmp_path / "whole") if entry.pop("kind") == "step"]
+    (other,) = [entry for entry in records(tmp_path / "cut") if entry.pop("kind") == "step"]
+    assert other == pytest.approx(one, rel=1e-5)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (whole, cut)]
+    for number, state in moments[0].items():
+        torch.testing.assert_close(moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-7)
+    told = capsys.readouterr().err
+    assert told.count("do not fit in the device's memory") == 1
+    assert "5 utterances of up to 23 positions" in told and "computed 2 at a time" in told
+
+
+def test_nothing_is_left_of_an_attempt_that_did_not_fit(tmp_path, sets):
+    """Neither in the codebooks nor in the random state: as if the batches had been cut before."""
+    weights = []
+    for name in ("cut", "tried"):
+        trainer = make_trainer(tmp_path / name, sets, small_model("taste"), batch_size=2, accumulation_steps=5)
+        (tmp_path / name).mkdir()
+        (step,) = trainer._steps_of(0)
+        if name == "tried":
+            let_memory_end(trainer, rows=1, fits=2)
+        else:
+            step = [[number] for batch in step for number in batch]
+        trainer._train_step([trainer._load(batch) for batch in step], step)
+        weights.append(trainer.model.learned_state())
+    assert_same(*weights)
+
+
+def test_one_utterance_that_does_not_fit_in_memory_ends_the_run(tmp_path, sets):
+    trainer = make_trainer(tmp_path, sets, batch_size=4)
+    let_memory_end(trainer, rows=0)
+    with pytest.raises(
+        ValueError, match=r"Tried to allocate 2.00 GiB.*one utterance at a time, of up to \d+ positions"
+    ):
+        trainer._train_epoch()
+
+
+@pytest.mark.parametrize("variant", ["simple", "taste"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_trying_the_memory_before_the_first_step_changes_nothing(tmp_path, sets, variant, rows, capsys):
+    options = {"num_epochs": 1, "batch_size": 4, "accumulation_steps": 2}
+    plain = make_trainer(tmp_path / "plain", sets, small_model(variant), **options)
+    plain.fit()
+    tried = make_trainer(tmp_path / "tried", sets, small_model(variant), **options)
+    forward, state = tried.wrapped_model.forward, torch.get_rng_state()
+    computed = let_memory_end(tried, rows=rows)
+    tried.try_memory()
+    assert computed == ([4] if rows == 4 else [4, 2, 1, 1, 1, 1])
+    assert ("do not fit" in capsys.readouterr().err) == (rows == 1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in tried.model.parameters()) and not tried.optimizer.state
+    tried.wrapped_model.forward = forward
+    tried.fit()
+    assert_same(plain.model.learned_state(), tried.model.learned_state())
+    assert_same(plain.optimizer.state_dict()["state"], tried.optimizer.state_dict()["state"])
+    assert records(tmp_path / "plain") == records(tmp_path / "tried")
+
+
+def test_minutes_without_a_checkpoint_are_few(tmp_path, sets):
+    whole = make_trainer(tmp_path / "whole", sets)
+    whole.fit()
+    seconds = itertools.count(step=50.0)  # at each look
+    timed = make_trainer(tmp_path / "timed", sets, checkpoint_minutes=2.0, clock=lambda: next(seconds))
+    saved, save = [], timed._save_last
+
+    def noted():
+        saved.append((timed.progress.epoch, timed.progress.step))
+        save()
+
+    timed._save_last = noted
+    timed.fit()
+    within = [step for epoch, step in saved if step not in (0, 5, 10)]
+    assert within and len(within) < 8  # now and then, not at each step
+    going_on = make_trainer(tmp_path / "timed", sets)
+    going_on.resume(load_checkpoint(timed.last_path))
+    assert_same(whole.model.learned_state(), timed.model.learned_state())
+    assert records(tmp_path / "whole") == records(tmp_path / "timed")
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told(tmp_path, sets, monkeypatch):
+    trainer = make_trainer(tmp_path, sets, num_epochs=1)
+    tmp_path.mkdir(exist_ok=True)
+    free = {"bytes": 0}
+    monkeypatch.setattr("taste.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=free["bytes"]))
+    warning = disk_warning(trainer.last_path, trainer.best_path, trainer.model)
+    assert warning.startswith("warning: ") and str(trainer.last_path.parent) in warning and "0.0 GB are free" in warning
+    trainer.fit()
+    last, best = (path.stat().st_size for path in (trainer.last_path, trainer.best_path))
+    for path in (trainer.last_path, trainer.best_path):
+        path.unlink()
+    needed = 2 * last + best
+    for share, expected in ((0.8, True), (1.0, False)):  # files have names and notes beside the numbers
+        free["bytes"] = int(share * needed)
+        assert (disk_warning(trainer.last_path, trainer.best_path, trainer.model) is not None) == expected
+    trainer._save_last()  # which is there now: only the next one needs room
+    free["bytes"] = last + best
+    assert disk_warning(trainer.last_path, trainer.best_path, trainer.model) is None
 
 
 def test_test_scores_do_not_depend_on_the_batch_size(tmp_path, sets):
@@ -434,6 +633,7 @@ def test_the_commit_is_noted_where_there_is_one(tmp_path):
         {"accumulation_steps": 0},
         {"grad_clip": -1.0},
         {"warmup_steps": -1},
+        {"checkpoint_minutes": -1},
     ],
 )
 def test_training_settings_that_make_no_sense_are_refused(options):
