@@ -182,6 +182,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         return 0
     if settings.mode != "train":
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
+    if settings.taste_checkpoint:
+        raise ValueError(
+            f"TASTE_CHECKPOINT is {settings.taste_checkpoint}, which MODE = train does not read: a released TASTE can "
+            "be encoded and decoded with (--mode encode, --mode decode); leave it out to train or evaluate a run"
+        )
     # precision and accumulation are the training loop's, whatever a launcher's configuration says
     once = GradientAccumulationPlugin(num_steps=1)
     # the others wait while the main process lets the model speak and measures what it says, which may take an hour

@@ -146,13 +146,21 @@ class TasteTokenizer:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a folder does not hold what it should.
+            ValueError: a folder does not hold what it should, or the model folder is not of the released sizes.
         """
         from taste.official import load_taste_checkpoint
         from taste.official import tokenize as split_as_released
 
         device = pick_device("auto") if device is None else device
-        return cls(load_taste_checkpoint(folder).to(device), model_dir, split_as_released, device)
+        model = load_taste_checkpoint(folder)
+        own, beside = model.model.llm.llm_input_size, sizes(model_dir).lm_width
+        if own != beside:  # its units and speaker vectors fit any folder by their numbers, and would sound as noise
+            raise ValueError(
+                f"{folder} has a unit decoder of {own} channels, the model folder {model_dir} a language model of "
+                f"{beside}: its flow, HiFT and speaker encoder are of another model. Give the CosyVoice that TASTE was "
+                "trained on: --cosyvoice-model-dir CosyVoice-300M (python setup_cosyvoice.py fetches it)"
+            )
+        return cls(model.to(device), model_dir, split_as_released, device)
 
     @property
     def levels(self) -> int:

@@ -107,8 +107,37 @@ def write_speaking_taste(folder: Path, case: dict[str, Any]) -> Path:
     )
 
 
-def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, tmp_path):
-    tokenizer = TasteTokenizer.open_released(write_speaking_taste(tmp_path / "released", case), "CosyVoice-tiny")
+@pytest.fixture
+def cosyvoice_dir(tmp_path) -> Path:
+    """CosyVoice-tiny, said to have a language model as wide as the small released one."""
+    folder = tmp_path / "CosyVoice"
+    folder.mkdir()
+    for file in Path("CosyVoice-tiny").resolve().iterdir():
+        (folder / file.name).symlink_to(file)
+    text = (folder / "cosyvoice.yaml").read_text()
+    (folder / "cosyvoice.yaml").unlink()
+    (folder / "cosyvoice.yaml").write_text(text.replace("\nllm_input_size: 192\n", "\nllm_input_size: 32\n"))
+    return folder
+
+
+def test_a_released_taste_is_refused_beside_a_cosyvoice_of_other_sizes(case, cosyvoice_dir, tmp_path, capsys):
+    folder = write_speaking_taste(tmp_path / "released", case)
+    (tmp_path / "none.jsonl").write_text('{"audio_path": "none.wav", "text": "None."}')
+    words = ["--taste-checkpoint", str(folder), "--mode", "encode", "--encode-jsonl", str(tmp_path / "none.jsonl")]
+    assert model_code.main([*words, "--variant", "taste", "--exp-dir", str(tmp_path / "exp")]) == 1
+    told = capsys.readouterr().err
+    assert "a unit decoder of 32 channels" in told and "CosyVoice-tiny a language model of 192" in told
+    assert "--cosyvoice-model-dir CosyVoice-300M" in told
+    TasteTokenizer.open_released(folder, cosyvoice_dir)
+
+
+def test_a_released_taste_is_no_start_of_a_training(released, capsys):
+    assert model_code.main(["--variant", "taste", "--num-epochs", "0", "--taste-checkpoint", str(released)]) == 1
+    assert "TASTE_CHECKPOINT" in capsys.readouterr().err
+
+
+def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, cosyvoice_dir, tmp_path):
+    tokenizer = TasteTokenizer.open_released(write_speaking_taste(tmp_path / "released", case), cosyvoice_dir)
     recording, text = sound(8_000), "A test."  # 25 of the window's 200 frames
     blurred = tokenizer.encode(recording, text)
     assert len(blurred.doubts) == 1 and "attention is" in blurred.doubts[0]  # random weights find nothing
@@ -117,9 +146,9 @@ def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, tmp_pat
     assert tokenizer.encode(recording, text).doubts == []
 
 
-def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_path):
+def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, cosyvoice_dir, tmp_path):
     folder = write_speaking_taste(tmp_path / "released", case)
-    tokenizer = TasteTokenizer.open_released(folder, "CosyVoice-tiny")
+    tokenizer = TasteTokenizer.open_released(folder, cosyvoice_dir)
     text = "An unbelievably short test."
     spoken = tokenizer.encode(sound(32_000), text)
     assert spoken.words == ["An", "unbelievably", "short", "test."]
@@ -133,6 +162,7 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, tmp_pa
     write_wav(tmp_path / "one.wav", sound(32_000), 16_000)
     (tmp_path / "one.jsonl").write_text(json.dumps({"audio_path": str(tmp_path / "one.wav"), "text": text}))
     words = ["--variant", "taste", "--device", "cpu", "--exp-dir", str(tmp_path / "exp"), "--most-units-per-token", "4"]
+    words += ["--cosyvoice-model-dir", str(cosyvoice_dir)]
     words += ["--taste-checkpoint", str(folder), "--encode-jsonl", str(tmp_path / "one.jsonl"), "--mode"]
     assert model_code.main([*words, "encode"]) == 0
     assert read_codes(tmp_path / "exp/taste/codes/one.json").codes.tolist() == spoken.codes.tolist()
