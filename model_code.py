@@ -36,8 +36,8 @@ from taste.extraction import SOME_FAILED_EXIT_CODE
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputBusyError
+from taste.samples import sampling_of
 from taste.settings import Settings, describe_device, parse_settings, pick_device
-from taste.shown import sampling_of
 from taste.tokenizer_run import decode_folder, encode_manifest
 from taste.training import NonFiniteLossError, RunStopped
 from taste.variant_run import run_folder_of, run_variant
@@ -63,21 +63,21 @@ VARIANT = (
     "simple"  # text_only: hears nothing; simple; taste_novq; taste: the paper's, quantized; all: one after another
 )
 INIT_FROM = None  # str: run whose weights start this one (exp/<run> or a checkpoint file); none: the model folder's
-STAGES = True  # with VARIANT all: as in the paper, each starts from the one before (text_only, taste_novq, taste)
-PRETRAINED_PARTS = True  # start the parts beside the language model from <COSYVOICE_MODEL_DIR>/taste.pt, where it fits
-FIT_NEW_PARTS = True  # fit all other new parts to the training set before the first step; False: they begin at random
-FREEZE_LLM = False  # True: only the new parts learn; False: everything from the text encoder to the output layer
+STAGED_TRAINING = True  # with VARIANT all: each starts from the one before (text_only, taste_novq, taste)
+LOAD_PRETRAINED_MODULES = True  # start new modules from <COSYVOICE_MODEL_DIR>/taste.pt, where it fits
+DATA_DEPENDENT_INIT = True  # fit all other new modules to the training set before the first step; False: random
+FREEZE_LLM = False  # True: only the new modules learn; False: everything from the text encoder to the output layer
 LORA_RANK = 0  # above 0: adapters of this rank learn in the frozen language model (FREEZE_LLM; needs peft)
 USE_SPEAKER = True  # give the LM the speaker's vector
 NUM_EPOCHS = 20  # passes over the training set; 0: train nothing, evaluate and generate only
 BATCH_SIZE = 8  # utterances a process looks at together; 4 for 300M on a GPU with 24 GB
 ACCUMULATION_STEPS = 1  # batches that make one step of the optimizer; 16 for 300M
 LR = 3e-5  # peak learning rate of what the model folder holds, where it learns; for 300M 2e-5
-NEW_PARTS_LR = 3e-3  # peak learning rate of all other parts, which text_only has none of; for 300M 1e-4
+NEW_MODULES_LR = 3e-3  # peak learning rate of all other modules, which text_only has none of; for 300M 1e-4
 WARMUP_STEPS = 10  # steps until the peak; 200 for 300M
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
-SEED = 0  # of the new parts' weights, the order of the data, dropout, and sampling
+SEED = 0  # of the new modules' weights, the order of the data, dropout, and sampling
 NUM_WORKERS = 0  # processes that load features; 4 where these are many and on a slow disk
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1
 RESUME = "auto"  # auto: go on from this run's last checkpoint; never: start anew, over it; or a checkpoint's path
@@ -88,15 +88,15 @@ CHECKPOINT_MINUTES = 10.0  # minutes between checkpoints within an epoch, the mo
 AGGREGATOR_LAYERS = 2  # cross-attention layers that gather the speech of each text token
 AGGREGATOR_HEADS = 4  # their heads; they divide the width of the Whisper features; 20 for Whisper-large-v3
 AGGREGATOR_FROM_WHISPER = False  # start them from Whisper's own decoder (WHISPER_DIR), where it has one of that size
-AUDIO_BLOCKS = 2  # conformer blocks that encode the speech of the words
+AUDIO_LAYERS = 2  # conformer blocks that encode the speech of the words
 AUDIO_HEADS = 4  # their heads; 8 for 300M
-AUDIO_UNITS = 512  # width of their feed-forward networks; 2048 for 300M
+AUDIO_FFN_DIM = 512  # width of their feed-forward networks; 2048 for 300M
 AUDIO_DROPOUT = 0.1  # in them
 FUSION = "weighted_sum"  # of text and speech: weighted_sum, sum, concat, concat_with_sep
-FUSION_START = "balance"  # of the weighted sum: balance, or zero_audio: nearly deaf at first
-CODEBOOKS = 4  # codes of a word
+FUSION_INIT = "balance"  # of the weighted sum: balance, or zero_audio: nearly deaf at first
+NUM_QUANTIZERS = 4  # codes of a word
 CODEBOOK_SIZE = 512  # different codes of each
-CODEBOOK_WIDTH = 64  # channels in which they are compared; 256 for 300M
+CODEBOOK_DIM = 64  # channels in which they are compared; 256 for 300M
 QUANTIZE_DROPOUT = True  # in training use only the first of the codebooks now and then
 
 # --- MODE encode and decode ---------------------------------------------------
@@ -110,10 +110,10 @@ GENERATE_UTTERANCES = 15  # test utterances to generate freely; 0: none
 GENERATE_BATCH_SIZE = 8  # utterances generated together
 SAMPLING = "ras"  # greedy, top_k, ras (repetition-aware, as the model folder configures it)
 TOP_K = 10  # codes that top_k draws from; the paper: 10, and 25 for text_only
-LEAST_UNITS_PER_TOKEN = 3.0  # the end is forbidden before so many units a text token
-MOST_UNITS_PER_TOKEN = 30.0  # and forced at so many
+MIN_UNITS_PER_TOKEN = 3.0  # the end is forbidden before so many units a text token
+MAX_UNITS_PER_TOKEN = 30.0  # and forced at so many
 DECODE_WAVS = 4  # generated utterances to decode to sound and to draw, beside the true units; 0: none
-MEASURE_SOUNDS = True  # hold these sounds against the recordings: words, voice, melody, durations; seconds each
+EVALUATE_AUDIO = True  # hold these sounds against the recordings: words, voice, melody, durations; seconds each
 TENSORBOARD = True  # write exp/<run>/tensorboard beside the report
 RUN_NAME = None  # str: folder under EXP_DIR; none: the variant's name
 EXP_DIR = "exp"  # where runs lie
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except torch.OutOfMemoryError as error:
             print(
                 f"model_code.py: error: the device is out of memory ({error}). What was trained is saved; go on with "
-                "--measure-sounds false, a smaller --generate-batch-size, or --device cpu",
+                "--evaluate-audio false, a smaller --generate-batch-size, or --device cpu",
                 file=sys.stderr,
             )
             return 1

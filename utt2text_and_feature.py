@@ -45,12 +45,12 @@ from taste.feature_store import (
     open_features,
     stored_bytes,
 )
-from taste.followed import followed
 from taste.interrupt import StopRequest
 from taste.manifest import Utterance, read_manifest
 from taste.memory_guard import MemoryGuard
 from taste.output_lock import OutputBusyError
 from taste.prefetch import prefetched
+from taste.progress_bar import progress_bar
 from taste.provenance import check_made_with, digest, file_digest
 from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.speaker import SpeakerEncoder
@@ -338,7 +338,7 @@ def extract(
 
     with BackgroundFlush(tuple(reversed(outputs))) as background:  # in the order of outputs.flush()
         for _, results in zip(
-            followed(batches, "extracting", "utterances", done=done, size=len, note=speed),
+            progress_bar(batches, "extracting", "utterances", done=done, size=len, note=speed),
             prefetched(batches, work, workers),
             strict=True,
         ):

@@ -26,15 +26,15 @@ class TasteSizes:
     aggregator_layers: int = 2
     aggregator_heads: int = 20
     aggregator_from_whisper: bool = False  # start from Whisper's own decoder, with its sizes and its text embedding
-    audio_blocks: int = 2
+    audio_layers: int = 2
     audio_heads: int = 8
-    audio_units: int = 2048  # width of the audio branch's feed-forward networks
+    audio_ffn_dim: int = 2048  # width of the audio branch's feed-forward networks
     audio_dropout: float = 0.1
     fusion: str = "weighted_sum"  # weighted_sum, sum, concat, concat_with_sep
-    fusion_start: str = "balance"  # of the weighted sum: balance, zero_audio
-    codebooks: int = 4
+    fusion_init: str = "balance"  # of the weighted sum: balance, zero_audio
+    num_quantizers: int = 4
     codebook_size: int = 512
-    codebook_width: int = 256
+    codebook_dim: int = 256
     quantize_dropout: bool = True
 
     @classmethod
@@ -213,18 +213,18 @@ def taste_parts(
             speech_width,
             text_width,
             llm_width,
-            blocks=given.audio_blocks,
+            blocks=given.audio_layers,
             heads=given.audio_heads,
-            linear_units=given.audio_units,
+            linear_units=given.audio_ffn_dim,
             dropout=given.audio_dropout,
         ),
-        "fusion": build_fusion(given.fusion, width=llm_width, start=given.fusion_start),
+        "fusion": build_fusion(given.fusion, width=llm_width, start=given.fusion_init),
     }
     if "quantizer" in PARTS[variant]:
         parts["quantizer"] = WordQuantizer(
             speech_width,
-            codebook_width=given.codebook_width,
-            levels=given.codebooks,
+            codebook_dim=given.codebook_dim,
+            levels=given.num_quantizers,
             codes=given.codebook_size,
             quantize_dropout=given.quantize_dropout,
         )

@@ -67,7 +67,7 @@ def collapse_warning(described: dict[str, Any], codebook_size: int) -> str | Non
         return None
     return (
         f"warning: the codebook has collapsed for {described['words']} words: {'; '.join(collapsed)}. The codes say "
-        "little about the speech: start from a taste_novq run (INIT_FROM), lower NEW_PARTS_LR, or use a smaller "
+        "little about the speech: start from a taste_novq run (INIT_FROM), lower NEW_MODULES_LR, or use a smaller "
         "CODEBOOK_SIZE"
     )
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taste.checkpoint import write_json
+from taste.input_fingerprint import inputs_digest
 from taste.measure_table import PAPER
 from taste.model import VARIANTS
 from taste.plots import plot_comparison
-from taste.run_inputs import inputs_digest
 from taste.run_report import TABLE_FILE, measures_of, write_run_report
 from taste.settings import Settings
 from taste.variant_run import run_folder_of, run_variant
@@ -50,7 +50,7 @@ def compare_variants(
     for variant in VARIANTS:
         if accelerator.is_main_process:
             print(f"\n== {variant}")
-        start = STAGES.get(variant) if settings.stages and settings.num_epochs else None
+        start = STAGES.get(variant) if settings.staged_training and settings.num_epochs else None
         own = settings.replaced(
             variant=variant,
             exp_dir=str(folder),
@@ -62,7 +62,7 @@ def compare_variants(
         if found is None:
             found = run_variant(own, accelerator, loss_curve_path, stop_requested)
         elif accelerator.is_main_process:
-            print(f"finished before, in {run_folder_of(own)}")
+            print(f"already complete: {run_folder_of(own)}")
         results[variant] = found
     if accelerator.is_main_process:
         write_comparison(folder, results, settings.to_dict())
@@ -76,7 +76,7 @@ def finished_before(settings: Settings) -> dict[str, Any] | None:
 
     Returns:
         what its metrics.json holds; None where it was not finished with these settings and with all that it depends on
-        as it is now (see `taste.run_inputs`), or where a measure was skipped for want of a package or a model.
+        as it is now (see `taste.input_fingerprint`), or where a measure was skipped for want of a package or a model.
     """
     if settings.resume != "auto" or not settings.num_epochs:
         return None

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from cosyvoice.utils.model_dir import ModelSizes
 from taste.batch import Example
 from taste.feature_store import open_features, open_units, stored_bytes
-from taste.keys import common_ids
 from taste.read_ahead import read_ahead
+from taste.utterance_ids import common_ids
 
 # T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels
 

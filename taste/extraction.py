@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from taste.failures import Failure, list_failures
 from taste.feature_store import FeatureWriter, chunk_folder
-from taste.followed import followed
 from taste.interrupt import StopRequest
 from taste.prefetch import prefetched
+from taste.progress_bar import progress_bar
 from taste.provenance import check_made_with
 from taste.recordings import Recording, plan_batches
 
@@ -76,7 +76,7 @@ def extract(
         started = time.monotonic()
         failures: list[Failure] = []
         for _, results in zip(
-            followed(left, "extracting", "recordings", done=done, size=len),
+            progress_bar(left, "extracting", "recordings", done=done, size=len),
             prefetched(left, lambda item: _prepare(item, work), num_threads),
             strict=True,
         ):

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from taste.atomic import atomic_path, remove_leftovers
-from taste.keys import normalise_key
 from taste.output_lock import OutputLock
-from taste.plain_data import load_plain
+from taste.safe_pickle import load_plain
+from taste.utterance_ids import normalise_key
 
 NESTED_FIELDS = ("mid", "final")
 SAVE_MODES = ("single", "chunks", "auto")
@@ -304,7 +304,7 @@ def open_features(path: str | os.PathLike[str], known_ids: Iterable[str] = ()) -
 
     Args:
         path: the .pt file; it need not exist where its chunk folder does. The chunk folder itself is taken too.
-        known_ids: utterance ids that help to read dashed paths (see `taste.keys.normalise_key`).
+        known_ids: utterance ids that help to read dashed paths (see `taste.utterance_ids.normalise_key`).
 
     Returns:
         the values; a nested file gives `{"mid": tensor, "final": tensor}` for each id.

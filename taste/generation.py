@@ -26,15 +26,15 @@ class Sampling:
 
     method: str = "ras"  # greedy; top_k; ras: the sampler that the model folder's configuration names
     top_k: int = 10  # codes that top_k draws from
-    least_units_per_token: float = 3.0  # EOS is forbidden before
-    most_units_per_token: float = 30.0
+    min_units_per_token: float = 3.0  # EOS is forbidden before
+    max_units_per_token: float = 30.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"SAMPLING is {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.top_k < 1:
             raise ValueError(f"TOP_K is {self.top_k}; expected 1 or more")
-        least, most = self.least_units_per_token, self.most_units_per_token
+        least, most = self.min_units_per_token, self.max_units_per_token
         if not (0 <= least <= most and most >= 1):
             raise ValueError(
                 f"the window of units a text token is {least} to {most}; expected 0 <= least <= most, most >= 1"
@@ -108,10 +108,10 @@ def _length_limits(
     """Fewest and most units of each row; the LM's positions are a limit too."""
     room = [MAX_LM_POSITIONS - length for length in prefix_lengths]
     most = [
-        min(math.floor(tokens * sampling.most_units_per_token), free)
+        min(math.floor(tokens * sampling.max_units_per_token), free)
         for tokens, free in zip(text_lengths, room, strict=True)
     ]
-    return [math.ceil(tokens * sampling.least_units_per_token) for tokens in text_lengths], most
+    return [math.ceil(tokens * sampling.min_units_per_token) for tokens in text_lengths], most
 
 
 def _choose(model: CosyVoiceS3Model, log_probs: Tensor, so_far: Sequence[list[int]], sampling: Sampling) -> list[int]:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taste.keys import normalise_key
+from taste.utterance_ids import normalise_key
 
 SHOWN_CHARACTERS = 80
 

@@ -73,7 +73,7 @@ def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
         weights: attention of each utterance, [T, A], each row's sum is 1.
 
     Returns:
-        rising: share of neighbouring tokens of which the later one looks at a later place; looking anywhere gives 0.5,
+        monotonicity: share of neighbouring tokens of which the later looks at a later place; looking anywhere gives .5,
         speech that is followed 1. width_seconds: standard deviation of where one token looks, mean over tokens.
         chance_width_seconds: that of a token which looks at all frames alike.
     """
@@ -86,7 +86,7 @@ def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
         widths += (rows * (times - centres[:, None]).square()).sum(dim=1).sqrt().tolist()
         chance += [float(times.std(correction=0))] * len(rows)
     return {
-        "rising": risen / max(1, pairs),
+        "monotonicity": risen / max(1, pairs),
         "width_seconds": sum(widths) / len(widths),
         "chance_width_seconds": sum(chance) / len(chance),
     }

@@ -192,7 +192,7 @@ def _build_quantizer(sizes: _Sizes, config: Mapping[str, Any]) -> WordQuantizer:
     kwargs = look_up(config, "audio_tower_config.kwargs_for_quantizer")
     return WordQuantizer(
         sizes.of(f"{own}project_in.weight", 1),
-        codebook_width=sizes.of(f"{own}project_in.weight"),
+        codebook_dim=sizes.of(f"{own}project_in.weight"),
         levels=sizes.layers(f"{own}layers."),
         codes=sizes.of(f"{own}layers.0._codebook.embed", 1),
         ema_decay=kwargs["decay"],

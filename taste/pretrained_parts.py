@@ -39,7 +39,7 @@ class Taken(NamedTuple):
         Returns:
             text without a line break at its end.
         """
-        lines = [f"pretrained parts from {PARTS_FILE}: {', '.join(self.parts) or 'none'}"]
+        lines = [f"modules loaded from {PARTS_FILE}: {', '.join(self.parts) or 'none'}"]
         lines += [f"  not {part}: {reason}" for part, reason in self.left.items()]
         return "\n".join(lines)
 

@@ -42,7 +42,7 @@ class WordQuantizer(nn.Module):
 
     Args:
         width: D.
-        codebook_width: channels in which distances are measured.
+        codebook_dim: channels in which distances are measured.
         levels: Q.
         codes: size of each codebook.
         ema_decay: share of a code that one step keeps.
@@ -61,7 +61,7 @@ class WordQuantizer(nn.Module):
     def __init__(
         self,
         width: int,
-        codebook_width: int = 256,
+        codebook_dim: int = 256,
         levels: int = 4,
         codes: int = 512,
         ema_decay: float = 0.99,
@@ -82,7 +82,7 @@ class WordQuantizer(nn.Module):
         self.once_a_word, self.padding_as_bias = once_a_word, padding_as_bias
         self.rvq = ResidualVQ(
             dim=width,
-            codebook_dim=codebook_width,
+            codebook_dim=codebook_dim,
             num_quantizers=levels,
             codebook_size=codes,
             decay=ema_decay,

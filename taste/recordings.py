@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taste.audio import AudioError, duration_seconds
-from taste.keys import normalise_key
 from taste.manifest import ManifestError, read_manifest
+from taste.utterance_ids import normalise_key
 
 BATCHES_SORTED_TOGETHER = 64  # by length: little padding, and yet the bar moves at an even pace
 SECONDS_A_RECORDING = 30.0  # a batch holds at most its size times this much sound, however long the recordings

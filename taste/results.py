@@ -12,11 +12,11 @@ from taste.batch import collate
 from taste.checkpoint import write_json
 from taste.data import UtteranceDataset, spread_evenly
 from taste.epoch_plan import batches_by_length
-from taste.followed import followed
 from taste.generation import Generated, Sampling, generate
 from taste.metrics import compare_units
 from taste.model import CosyVoiceS3Model
 from taste.plots import plot_alignment, plot_mels, plot_units
+from taste.progress_bar import progress_bar
 from taste.scoring import feature_loader
 from taste.synthesis import LEAST_UNITS, UnitDecoder
 from taste.training import RunStopped
@@ -53,7 +53,7 @@ def generate_units(
     units: list[list[int]] = [[] for _ in range(len(dataset))]
     ended = [False] * len(dataset)
     start = time.perf_counter()
-    shown = followed(batches, "generating", "batches")
+    shown = progress_bar(batches, "generating", "batches")
     for indices, batch in zip(shown, feature_loader(dataset, batches), strict=True):
         _leave_if_asked(stop_requested)
         made = generate(model, batch.to(device), sampling)
@@ -122,7 +122,7 @@ def decode_units(
         RunStopped: it was asked to stop.
     """
     written, too_short = [], []
-    for index, utt_id in enumerate(followed(dataset.utt_ids, "decoding", "utterances")):
+    for index, utt_id in enumerate(progress_bar(dataset.utt_ids, "decoding", "utterances")):
         _leave_if_asked(stop_requested)
         sounds: dict[str, tuple[str, torch.Tensor]] = {}  # ending of the file's name -> title, waveform
         original = read_original(decoder, dataset.info(utt_id).get("audio_path"))

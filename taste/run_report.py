@@ -16,11 +16,11 @@ from torch import Tensor
 
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
+from taste.asr import Found, find_aligner, normalise
 from taste.atomic import atomic_path
 from taste.audio import AudioError, read_audio
 from taste.data import UtteranceDataset
 from taste.measure_table import Measures, title_of, to_markdown
-from taste.recogniser import Found, find_aligner, normalise
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
 from taste.text import SPELLED_BY_CHARACTER

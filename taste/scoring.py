@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from taste.batch import Batch, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
-from taste.followed import followed
 from taste.interrupt import obey_parent_alone, signals_held_back
 from taste.model import CosyVoiceS3Model, Scores
+from taste.progress_bar import progress_bar
 
 BATCHES_AHEAD = 2  # at least, by each process that loads features
 
@@ -83,7 +83,7 @@ def evaluate(
     loader = iter(feature_loader(dataset, own_batches, num_workers))
     totals = Totals()
     rounds = range(0, len(batches), accelerator.num_processes)
-    for first in followed(rounds, "evaluating", "batches", active=accelerator.is_main_process):
+    for first in progress_bar(rounds, "evaluating", "batches", active=accelerator.is_main_process):
         before_batch()
         if first + accelerator.process_index < len(batches):
             with torch.inference_mode(), precision_of(accelerator.device):

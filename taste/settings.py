@@ -85,7 +85,7 @@ class Settings:
         lines = []
         for constant in self._constants:
             value = self._values[constant.name.lower()]
-            changed = "" if value == constant.default else f"   (the script says {constant.default!r})"
+            changed = "" if value == constant.default else f"   (default {constant.default!r})"
             lines.append(f"  {constant.name.ljust(name_width)}  {value!r}{changed}")
         return "\n".join(lines)
 

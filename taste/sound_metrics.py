@@ -1,6 +1,6 @@
 """How close a decoded sound comes to the recording: words, voice, spectrum, melody and the durations of words.
 
-The words are judged by `taste.recogniser`, the voice by the model folder's campplus.onnx, the rest by signal
+The words are judged by `taste.asr`, the voice by the model folder's campplus.onnx, the rest by signal
 processing. Everything is computed at the sound's own rate, on the CPU.
 """
 
@@ -19,7 +19,7 @@ from torchaudio.functional import create_dct
 
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
-from taste.recogniser import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
+from taste.asr import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
 from taste.speaker import SpeakerEncoder
 from taste.threads import torch_threads_kept
 

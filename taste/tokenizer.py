@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, sizes
+from taste.asr import WhisperRecogniser, whisper_lacks
 from taste.audio import read_audio
 from taste.batch import Batch
 from taste.checkpoint import weights_fingerprint
 from taste.generation import Sampling, generate
 from taste.model import CosyVoiceS3Model
-from taste.recogniser import WhisperRecogniser, whisper_lacks
 from taste.settings import pick_device
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
 from taste.text import TextTokens, tokenize
 from taste.trained_reader import TrainedReader
-from taste.transcript_fit import misfits
+from taste.transcript_check import misfits
 from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from taste.words import word_spans
 

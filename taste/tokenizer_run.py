@@ -13,18 +13,18 @@ from taste.atomic import atomic_path
 from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
-from taste.followed import followed
 from taste.manifest import Utterance, read_manifest
+from taste.progress_bar import progress_bar
 from taste.provenance import file_digest
+from taste.samples import sampling_of
 from taste.settings import Settings
-from taste.shown import sampling_of
 from taste.tokenizer import SpeechCodes, TasteTokenizer
 from taste.training import RunStopped
 from taste.variant_run import run_folder_of
 
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
 HOW_FILE = "made_with.json"  # in DECODED_FOLDER: how its sounds were made
-_HOW = ("sampling", "top_k", "least_units_per_token", "most_units_per_token", "seed")
+_HOW = ("sampling", "top_k", "min_units_per_token", "max_units_per_token", "seed")
 
 
 def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
@@ -77,7 +77,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
     tokenizer = open_tokenizer(settings, device)
     folder = codes_folder(settings)
     failures, words, seconds, kept = [], 0, 0.0, 0
-    for utterance in followed(utterances, "encoding", "utterances"):
+    for utterance in progress_bar(utterances, "encoding", "utterances"):
         _leave_if_asked(stop_requested)
         path = folder / f"{utterance.utt_id}.json"
         if spoken := _written_before(path, utterance, tokenizer):
@@ -142,7 +142,7 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
     vocoders = {name: file_digest(model_dir.file(f"{name}.pt")) for name in ("flow", "hift")}
     how = {"codes": str(folder.resolve()), "model": tokenizer.fingerprint, **vocoders}
     kept = _spoken_before(written, all_spoken, how | {name: settings.to_dict()[name] for name in _HOW})
-    for path, spoken in followed(all_spoken.items(), "decoding", "utterances"):
+    for path, spoken in progress_bar(all_spoken.items(), "decoding", "utterances"):
         _leave_if_asked(stop_requested)
         if path in kept:
             continue

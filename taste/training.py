@@ -20,11 +20,11 @@ from taste.batch import Batch, collate
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan, halved, most_demanding
-from taste.followed import followed
 from taste.model import CosyVoiceS3Model, Scores
-from taste.progress import Progress, StepRecord
+from taste.progress_bar import progress_bar
 from taste.provenance import changed_models
 from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
+from taste.train_state import Progress, StepRecord
 
 ADAM_BETAS = (0.9, 0.98)
 LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
@@ -47,7 +47,7 @@ class TrainingConfig:
     num_epochs: int
     batch_size: int  # utterances that a process looks at together
     lr: float  # peak of the schedule, of the parts that the model folder holds
-    new_parts_lr: float  # the same of all others, which have everything to learn
+    new_modules_lr: float  # the same of all others, which have everything to learn
     warmup_steps: int
     weight_decay: float
     grad_clip: float  # largest norm of the gradient
@@ -67,7 +67,7 @@ class TrainingConfig:
         ]
         problems += [
             f"{name.upper()} is {vars(self)[name]}, expected more than 0"
-            for name in ("lr", "new_parts_lr", "grad_clip")
+            for name in ("lr", "new_modules_lr", "grad_clip")
             if vars(self)[name] <= 0
         ]
         if problems:
@@ -236,7 +236,7 @@ class Trainer:
         ]
         batches = [batch for step in todo for batch in step]
         loader = iter(feature_loader(self.train_set, batches, config.num_workers, config.accumulation_steps))
-        steps = followed(
+        steps = progress_bar(
             todo,
             f"epoch {progress.epoch + 1}/{config.num_epochs}",
             "steps",
@@ -503,7 +503,7 @@ def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[di
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
-            "peak_lr": config.lr if pretrained else config.new_parts_lr,
+            "peak_lr": config.lr if pretrained else config.new_modules_lr,
         }
         for (pretrained, decays), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]

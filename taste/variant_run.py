@@ -12,6 +12,7 @@ import torch
 
 import taste
 from cosyvoice.utils.model_dir import ModelSizes, sizes
+from taste.audio_use import listen
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import (
     Checkpoint,
@@ -25,21 +26,20 @@ from taste.checkpoint import (
 from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
 from taste.feature_origin import check_origin, check_same_hearing
 from taste.fitted_start import fit_new_parts
-from taste.listening import listen
+from taste.input_fingerprint import inputs_digest
 from taste.model import PARTS, CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.plots import plot_losses
 from taste.pretrained_parts import take_parts
 from taste.provenance import changed_models, noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
-from taste.run_inputs import inputs_digest
 from taste.run_report import write_run_report
+from taste.samples import show
 from taste.scoring import evaluate
 from taste.settings import Settings
-from taste.shown import show
 from taste.train_board import TrainBoard
 from taste.training import Trainer, TrainingConfig
-from taste.transcript_fit import misfits
+from taste.transcript_check import misfits
 from taste.warm_start import find_start, start_from
 
 if TYPE_CHECKING:
@@ -47,9 +47,17 @@ if TYPE_CHECKING:
 
 # settings that a run cannot change half-way; those that TasteSizes names too, where the variant has such parts
 DECIDES_TRAINING = (
-    *("variant", "init_from", "pretrained_parts", "fit_new_parts", "freeze_llm", "lora_rank", "use_speaker"),
+    *(
+        "variant",
+        "init_from",
+        "load_pretrained_modules",
+        "data_dependent_init",
+        "freeze_llm",
+        "lora_rank",
+        "use_speaker",
+    ),
     "batch_size",
-    *("accumulation_steps", "lr", "new_parts_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
+    *("accumulation_steps", "lr", "new_modules_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
 )
 ORIGIN = ("started_from", "pretrained", "fitted")  # notes about a run's first weights
 SHOWN_IDS = 3
@@ -307,7 +315,7 @@ def give_first_weights(
     """Give a new run's model its first weights: another run's, else the model folder's, else fitted ones.
 
     Args:
-        settings: INIT_FROM, PRETRAINED_PARTS and FIT_NEW_PARTS.
+        settings: INIT_FROM, LOAD_PRETRAINED_MODULES and DATA_DEPENDENT_INIT.
         model: as `build_model` made it.
         train_set: what new parts are fitted to.
         say: takes what a person should know.
@@ -327,13 +335,13 @@ def give_first_weights(
         missing = start["new_parts"]
         new_parts &= set(missing)
         say(describe_start(start))
-    if settings.pretrained_parts and new_parts:
+    if settings.load_pretrained_modules and new_parts:
         taken = take_parts(model, settings.cosyvoice_model_dir, missing, pretrained)
         if taken:
             new_parts -= set(taken.parts)
             pretrained = taken.as_note() | {"parts": [*taken.parts, *(pretrained["parts"] if pretrained else [])]}
             say(taken.describe())
-    if not settings.fit_new_parts:
+    if not settings.data_dependent_init:
         new_parts &= {"quantizer"}  # its codebooks must come from the training set, or they come from the test set
     if new_parts:
         fitted = fit_new_parts(model, train_set, new_parts)
@@ -407,7 +415,7 @@ def train(
         if checkpoint_path.resolve() != trainer.last_path.resolve():
             take_best(checkpoint, checkpoint_path, trainer.best_path, accelerator)
         if accelerator.is_main_process:
-            print(f"going on from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+            print(f"resuming from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
             if trainer.progress.history:  # it may have been stopped before the first one
                 draw(trainer.progress.history)
     elif accelerator.is_main_process:

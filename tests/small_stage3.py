@@ -21,7 +21,13 @@ SIZES = ModelSizes(
 )
 SPEECH_WIDTH = 20
 TASTE_SIZES = TasteSizes(
-    aggregator_heads=4, audio_blocks=1, audio_heads=4, audio_units=40, codebooks=3, codebook_size=8, codebook_width=12
+    aggregator_heads=4,
+    audio_layers=1,
+    audio_heads=4,
+    audio_ffn_dim=40,
+    num_quantizers=3,
+    codebook_size=8,
+    codebook_dim=12,
 )
 FRAMES_PER_SECOND = 50
 

@@ -20,7 +20,7 @@ def rates(name: str, steps: list[int], settings: dict, max_steps: int | None = N
         scheduler.step()
         seen[step] = optimizer.param_groups[0]["lr"]
     for step in steps:
-        scheduler.set_step(step)  # going on from a checkpoint gives what counting there gives
+        scheduler.set_step(step)  # resuming from a checkpoint gives what counting there gives
         assert optimizer.param_groups[0]["lr"] == seen[step]
     return [seen[step] for step in steps]
 

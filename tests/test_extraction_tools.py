@@ -160,7 +160,7 @@ def test_manifest_and_folder_give_the_same_units(kaldi_folder: Path, tmp_path: P
 def test_bad_recordings_are_listed_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("taste.progress_bar.LINE_SECONDS", 0.0)
     (tmp_path / "corrupt.wav").write_bytes(b"RIFF, but no sound")
     entries = demo_entries(2)
     entries.append({"utt_id": "missing", "audio_path": str(tmp_path / "nowhere.wav"), "text": "a"})

@@ -65,7 +65,7 @@ def test_a_model_that_never_ends_is_stopped_at_thirty_units_a_text_token(method)
 def test_the_window_can_be_set():
     model = small_model()
     lean_towards(model, model.eos, -1000.0)
-    window = Sampling("greedy", least_units_per_token=0, most_units_per_token=2.5)
+    window = Sampling("greedy", min_units_per_token=0, max_units_per_token=2.5)
     assert [len(units) for units in generate(model, random_batch(LENGTHS), window).units] == [7, 15, 2]
 
 
@@ -122,8 +122,8 @@ def test_the_positions_of_the_language_model_are_a_limit_too(monkeypatch):
     [
         {"method": "beam"},
         {"top_k": 0},
-        {"least_units_per_token": 5, "most_units_per_token": 4},
-        {"least_units_per_token": 0, "most_units_per_token": 0},
+        {"min_units_per_token": 5, "max_units_per_token": 4},
+        {"min_units_per_token": 0, "max_units_per_token": 0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options):

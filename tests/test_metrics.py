@@ -49,8 +49,8 @@ def test_tokens_that_look_at_one_frame_each_in_order_rise_and_have_no_width():
     in_order = torch.zeros(3, 30)
     in_order[[0, 1, 2], [2, 9, 28]] = 1
     described = describe_attention([in_order, in_order.flip(0)])
-    assert described["rising"] == 0.5
-    assert describe_attention([in_order])["rising"] == 1
+    assert described["monotonicity"] == 0.5
+    assert describe_attention([in_order])["monotonicity"] == 1
     assert described["width_seconds"] == pytest.approx(0, abs=1e-6)
 
 

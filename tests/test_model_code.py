@@ -33,7 +33,7 @@ from tests.sounds import voice_like
 REPOSITORY = Path(__file__).parent.parent
 LENGTHS = [(2 + number % 4, 5 + 3 * (number % 5)) for number in range(10)]
 QUICK = {"num_epochs": 2, "batch_size": 4, "warmup_steps": 2, "generate_utterances": 0}
-SMALL = {"codebooks": 2, "codebook_size": 16, "codebook_width": 12, "audio_units": 40, "audio_blocks": 1}
+SMALL = {"num_quantizers": 2, "codebook_size": 16, "codebook_dim": 12, "audio_ffn_dim": 40, "audio_layers": 1}
 SPEAKING = {"generate_utterances": 2, "decode_wavs": 1}
 KILL_TIMEOUT_SECONDS = 120
 
@@ -53,7 +53,7 @@ class Workplace:
             "exp_dir": self.folder / "exp",
             "loss_curve_path": self.folder / "loss_curve.png",
             "device": "cpu",
-            "measure_sounds": False,
+            "evaluate_audio": False,
             "tensorboard": False,
             **QUICK,
             **SMALL,
@@ -131,7 +131,7 @@ def metrics_of_sounds(metrics: dict) -> set[str]:
 
 @pytest.mark.parametrize("variant", ["text_only", "simple", "taste_novq", "taste"])
 def test_a_run_writes_all_that_it_promises(work, variant, capsys):
-    assert work.run(variant=variant, measure_sounds=True, tensorboard=True, **SPEAKING) == 0
+    assert work.run(variant=variant, evaluate_audio=True, tensorboard=True, **SPEAKING) == 0
     run = work.folder / "exp" / variant
     assert metrics_of_sounds(work.metrics(variant)) == {"true_units", variant}
     assert list((run / "tensorboard").iterdir())
@@ -164,7 +164,7 @@ def test_a_run_writes_all_that_it_promises(work, variant, capsys):
         assert metrics["codes"]["words"] == words and len(metrics["codes"]["used"]) == 2
         assert metrics["codes"]["bits_per_second"] == pytest.approx(words / (24 / 50) * 2 * 4)  # 5 + 8 + 11 units
     told = capsys.readouterr().out
-    assert "epoch   2" in told and "test top-1" in told and "generated: token error rate" in told
+    assert "epoch   2" in told and "test top-1" in told and "generated: unit error rate" in told
 
 
 def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys):
@@ -189,7 +189,7 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
 
 def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys, monkeypatch):
     options = {"variant": "all", "num_epochs": 1, "negative_controls": False}
-    finished = "finished before, in "
+    finished = "already complete: "
 
     def again() -> int:
         capsys.readouterr()
@@ -275,7 +275,7 @@ def test_a_comparison_holds_one_model_at_a_time(work, monkeypatch):
 
 
 def test_without_stages_each_variant_starts_from_the_model_folder(work):
-    assert work.run(variant="all", num_epochs=1, stages=False, negative_controls=False) == 0
+    assert work.run(variant="all", num_epochs=1, staged_training=False, negative_controls=False) == 0
     for variant in ("text_only", "simple", "taste_novq", "taste"):
         assert work.metrics(f"all/{variant}")["started_from"] is None
         assert "controls" not in work.metrics(f"all/{variant}")
@@ -293,7 +293,7 @@ def test_a_frozen_comparison_still_trains_its_baseline(work):
 
 
 def test_codebooks_never_start_from_the_test_set(work):
-    assert work.run(variant="taste", fit_new_parts=False, num_epochs=1) == 0
+    assert work.run(variant="taste", data_dependent_init=False, num_epochs=1) == 0
     fitted = work.metrics("taste")["fitted"]
     assert fitted.keys() == {"utterances", "code_usage"}
 
@@ -328,7 +328,7 @@ def test_transcripts_are_held_against_the_units_without_reading_whisper_features
 def test_recordings_are_encoded_and_decoded_by_the_run_that_was_trained(tmp_path, golden_dir, capsys):
     work = ListeningWorkplace(tmp_path, golden_dir)
     assert work.run(variant="taste") == 0
-    listening = {"variant": "taste", "encode_jsonl": work.manifest, "mid_layer": 2, "most_units_per_token": 4}
+    listening = {"variant": "taste", "encode_jsonl": work.manifest, "mid_layer": 2, "max_units_per_token": 4}
     assert work.run(**listening, mode="encode") == 3
     run = work.folder / "exp" / "taste"
     codes = {path.stem: json.loads(path.read_text()) for path in sorted((run / "codes").glob("*.json"))}
@@ -515,7 +515,7 @@ def test_new_parts_are_fitted_once_and_the_run_says_so(work, capsys):
     assert work.metrics("next")["fitted"] is None
 
 
-@pytest.mark.parametrize("options", [{"variant": "text_only"}, {"variant": "simple", "fit_new_parts": False}])
+@pytest.mark.parametrize("options", [{"variant": "text_only"}, {"variant": "simple", "data_dependent_init": False}])
 def test_there_may_be_nothing_to_fit(work, options):
     assert work.run(num_epochs=1, run_name="plain", **options) == 0
     assert work.metrics("plain")["fitted"] is None

@@ -59,7 +59,7 @@ def test_all_tokens_of_a_word_have_the_mean_of_what_is_heard_of_them(batch):
 def test_codes_tell_the_language_model_all_that_the_recording_does(model, batch):
     with_codes = dataclasses.replace(batch, codes=model.encode(batch), speech_final=None, speech_mid=None)
     torch.testing.assert_close(model(with_codes).loss_sums, model(batch).loss_sums, rtol=1e-5, atol=1e-5)
-    greedy = Sampling("greedy", most_units_per_token=6)
+    greedy = Sampling("greedy", max_units_per_token=6)
     assert generate(model, with_codes, greedy) == generate(model, batch, greedy)
     other_codes = (with_codes.codes + 1).clamp(min=0) % TASTE_SIZES.codebook_size
     changed = model(dataclasses.replace(with_codes, codes=other_codes)).loss_sums

@@ -153,7 +153,7 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, cosyvo
     spoken = tokenizer.encode(sound(32_000), text)
     assert spoken.words == ["An", "unbelievably", "short", "test."]
     assert spoken.codes.shape == (4, 4)
-    sampling = Sampling(method="top_k", top_k=10, most_units_per_token=4)
+    sampling = Sampling(method="top_k", top_k=10, max_units_per_token=4)
     waveform = tokenizer.decode(spoken.codes, text, spoken.speaker, sampling)
     assert waveform.dim() == 1
     assert waveform.isfinite().all()
@@ -161,7 +161,7 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, cosyvo
 
     write_wav(tmp_path / "one.wav", sound(32_000), 16_000)
     (tmp_path / "one.jsonl").write_text(json.dumps({"audio_path": str(tmp_path / "one.wav"), "text": text}))
-    words = ["--variant", "taste", "--device", "cpu", "--exp-dir", str(tmp_path / "exp"), "--most-units-per-token", "4"]
+    words = ["--variant", "taste", "--device", "cpu", "--exp-dir", str(tmp_path / "exp"), "--max-units-per-token", "4"]
     words += ["--cosyvoice-model-dir", str(cosyvoice_dir)]
     words += ["--taste-checkpoint", str(folder), "--encode-jsonl", str(tmp_path / "one.jsonl"), "--mode"]
     assert model_code.main([*words, "encode"]) == 0

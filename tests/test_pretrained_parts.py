@@ -74,7 +74,7 @@ def test_the_file_is_flat_and_half_as_large(folder):
     ("changed", "parts", "reason"),
     [
         ({"codebook_size": 16}, ("aggregator", "audio_branch", "fusion"), "there, [1, 16] with these settings"),
-        ({"audio_units": 8}, ("aggregator", "quantizer"), "with these settings"),
+        ({"audio_ffn_dim": 8}, ("aggregator", "quantizer"), "with these settings"),
         ({"aggregator_layers": 1}, (), "this model has none"),
     ],
 )
@@ -131,7 +131,7 @@ class Runs:
 
     def __call__(self, **options) -> int:
         values = {"cosyvoice_model_dir": self.model_dir, "exp_dir": self.folder / "exp", "device": "cpu"}
-        values |= {"loss_curve_path": self.folder / "curve.png", "measure_sounds": False, "tensorboard": False}
+        values |= {"loss_curve_path": self.folder / "curve.png", "evaluate_audio": False, "tensorboard": False}
         for split, paths in self.paths.items():
             values |= {f"{split}_utt2_s3_path": paths.units, f"{split}_utt2_text_emb_path": paths.text}
             values |= {f"{split}_utt2_whisper_path": paths.speech, f"{split}_utt2info_path": paths.info}
@@ -145,19 +145,19 @@ class Runs:
 def test_a_run_starts_from_the_folders_parts_says_so_and_goes_on_with_that_choice(tmp_path, folder, capsys):
     run = Runs(tmp_path, folder)
     assert run(variant="taste") == 0
-    assert "pretrained parts from taste.pt: aggregator, audio_branch, fusion, quantizer" in capsys.readouterr().out
+    assert "modules loaded from taste.pt: aggregator, audio_branch, fusion, quantizer" in capsys.readouterr().out
     metrics = run.metrics("taste")
     assert metrics["fitted"] is None and metrics["pretrained"]["parts"] == list(TASTE_PARTS)
     groups = load_checkpoint(tmp_path / "exp" / "taste" / "checkpoints" / "last.pt").optimizer["param_groups"]
     assert {group["peak_lr"] for group in groups} == {model_code.LR}  # what was trained is to be changed with care
-    assert run(variant="taste", num_epochs=2, pretrained_parts=False) == 1
-    assert "PRETRAINED_PARTS was True, is False" in capsys.readouterr().err
+    assert run(variant="taste", num_epochs=2, load_pretrained_modules=False) == 1
+    assert "LOAD_PRETRAINED_MODULES was True, is False" in capsys.readouterr().err
     assert run(variant="taste", num_epochs=2) == 0
     assert run.metrics("taste")["pretrained"] == metrics["pretrained"]
-    assert run(variant="taste", run_name="fitted", pretrained_parts=False) == 0
+    assert run(variant="taste", run_name="fitted", load_pretrained_modules=False) == 0
     assert run.metrics("fitted")["pretrained"] is None and run.metrics("fitted")["fitted"]
     groups = load_checkpoint(tmp_path / "exp" / "fitted" / "checkpoints" / "last.pt").optimizer["param_groups"]
-    assert {group["peak_lr"] for group in groups} == {model_code.LR, model_code.NEW_PARTS_LR}
+    assert {group["peak_lr"] for group in groups} == {model_code.LR, model_code.NEW_MODULES_LR}
 
 
 def test_what_does_not_fit_is_fitted(tmp_path, folder, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from taste.asr import Found, Word
 from taste.audio import read_audio, write_wav
-from taste.recogniser import Found, Word
 from taste.run_report import language_of, measure_run, measures_of, note_shown, word_times, write_run_report
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def test_a_report_of_several_runs_sets_their_sounds_and_figures_side_by_side(run
     assert 'aria-hidden="true">ab</div>' in page  # the word, over its place in the recording
     table = (tmp_path / "table.md").read_text()
     assert "| bit rate | – | – | 108 bit/s (paper 150 bit/s†) | – | – |" in table
-    assert "| top-5 accuracy, hearing another recording (control) | – | – | 0.400 | – | – |" in table
+    assert "| top-5 accuracy, shuffled audio (control) | – | – | 0.400 | – | – |" in table
     assert "| utterances generated | – | – | 1 | – | – |" in table
     assert "| utterances with sound | 1 | 1 | 1 | 1 | 1 |" in table
     assert "| words whose codes were counted | – | – | 32 | – | – |" in table

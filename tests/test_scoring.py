@@ -38,7 +38,7 @@ def test_a_signal_to_a_worker_that_has_just_started_is_overheard_too(tmp_path, m
 
 
 def test_an_evaluation_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("taste.progress_bar.LINE_SECONDS", 0.0)
     dataset, accelerator = small_dataset(tmp_path, "test", LENGTHS), Accelerator(cpu=True)
     evaluate(small_model(), dataset, 2, accelerator)
     assert capsys.readouterr().err.splitlines()[1].startswith("evaluating: 2 of 3 batches, ")

@@ -160,7 +160,7 @@ def test_every_setting_of_every_script_is_explained(script: Path) -> None:
 
 def test_what_was_resolved_is_shown_and_saved(tmp_path: Path) -> None:
     settings = _parse(tmp_path, "--num-epochs", "2")
-    assert "NUM_EPOCHS   2   (the script says 10)" in settings.describe()
+    assert "NUM_EPOCHS   2   (default 10)" in settings.describe()
     settings.save(tmp_path / "new" / "settings.json")
     assert json.loads((tmp_path / "new" / "settings.json").read_text()) == settings.to_dict()
 

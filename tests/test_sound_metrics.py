@@ -13,8 +13,8 @@ import pytest
 import torch
 import torchaudio
 
+from taste.asr import Found, Word, normalise
 from taste.audio import read_audio
-from taste.recogniser import Found, Word, normalise
 from taste.sound_metrics import (
     UtteranceSounds,
     compare_durations,

@@ -126,7 +126,7 @@ def test_stopped_sharpening_goes_on_to_the_same_weights(
         assert (stopped / "last.pt").exists() == saved
     assert "begins anew" in capsys.readouterr().err
     assert sharpen_whisper.main([*arguments, str(stopped)]) == 0
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
     files = [folder / "model.safetensors" for folder in (straight, stopped)]
     assert files[0].read_bytes() == files[1].read_bytes()
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (straight, stopped)]

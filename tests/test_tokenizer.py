@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import model_code
+from taste.asr import WhisperRecogniser
 from taste.audio import read_audio, write_wav
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.code_files import read_codes, write_codes
 from taste.fitted_taste import start_quantizer
 from taste.generation import Sampling, generate
-from taste.recogniser import WhisperRecogniser
 from taste.text import tokenize
 from taste.tokenizer import OtherModelError, SpeechCodes, TasteTokenizer
 from taste.whisper_encoder import WhisperEncoder
@@ -24,7 +24,7 @@ from tests.sounds import voice_like
 TEXT = "Extraordinarily unquiet, the river ran"
 WORDS = ["Extraordinarily", "unquiet,", "the", "river", "ran"]
 MID_LAYER = 2
-QUICK = Sampling("greedy", most_units_per_token=4)
+QUICK = Sampling("greedy", max_units_per_token=4)
 
 
 class Workplace:
@@ -156,7 +156,7 @@ def test_the_command_refuses_a_folder_with_one_file_of_another_model_before_it_s
     words = ["--mode", "decode", "--variant", "taste", "--exp-dir", str(run.parent), "--run-name", run.name]
     words += ["--cosyvoice-model-dir", str(work.model_dir), "--mid-layer", str(MID_LAYER), "--codes-dir", str(codes)]
     words += ["--resume", str(tmp_path / "mine.pt"), "--device", "cpu", "--sampling", "greedy"]
-    words += ["--most-units-per-token", "4"]
+    words += ["--max-units-per-token", "4"]
     write_codes(codes / "a.json", mine.encode(work.wav, TEXT))
     write_codes(codes / "b.json", spoken)
     assert model_code.main(words) == 1
@@ -241,8 +241,8 @@ def test_a_checkpoint_of_another_variant_is_no_tokenizer(work, tmp_path):
 
 def test_the_default_sizes_are_the_papers():
     sizes = TasteSizes()
-    assert (sizes.codebooks, sizes.codebook_size, sizes.codebook_width) == (4, 512, 256)
-    assert (sizes.aggregator_layers, sizes.aggregator_heads, sizes.audio_blocks, sizes.audio_heads) == (2, 20, 2, 8)
+    assert (sizes.codebooks, sizes.codebook_size, sizes.codebook_dim) == (4, 512, 256)
+    assert (sizes.aggregator_layers, sizes.aggregator_heads, sizes.audio_layers, sizes.audio_heads) == (2, 20, 2, 8)
 
 
 def test_a_recording_without_a_text_is_written_down_by_whisper(work, tokenizer, tmp_path, monkeypatch):

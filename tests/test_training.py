@@ -17,8 +17,8 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, code_commit, disk_warning, load_checkpoint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.model import CosyVoiceS3Model
-from taste.progress import Progress, StepRecord
 from taste.scoring import Totals, evaluate
+from taste.train_state import Progress, StepRecord
 from taste.training import (
     MOST_SKIPPED_STEPS,
     NonFiniteLossError,
@@ -34,7 +34,7 @@ CONFIG = TrainingConfig(
     num_epochs=2,
     batch_size=2,
     lr=1e-3,
-    new_parts_lr=1e-3,
+    new_modules_lr=1e-3,
     warmup_steps=2,
     weight_decay=0.01,
     grad_clip=1.0,
@@ -200,7 +200,7 @@ def test_a_run_that_nobody_watches_says_how_far_it_is_once_a_minute(tmp_path, se
     trainer.on_minute = minutes.append
     trainer.fit()
     assert not minutes and capsys.readouterr().err == ""
-    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("taste.progress_bar.LINE_SECONDS", 0.0)
     again = make_trainer(tmp_path, sets, num_epochs=1)
     again.on_minute = minutes.append
     again.fit()
@@ -508,7 +508,7 @@ def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
 
 
 def test_pretrained_and_new_parts_have_learning_rates_of_their_own():
-    config = dataclasses.replace(CONFIG, lr=1e-4, new_parts_lr=1e-2)
+    config = dataclasses.replace(CONFIG, lr=1e-4, new_modules_lr=1e-2)
     model = small_model()
     groups = parameter_groups(model, config)
     peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
@@ -628,7 +628,7 @@ def test_the_commit_is_noted_where_there_is_one(tmp_path):
     "options",
     [
         {"lr": 0.0},
-        {"new_parts_lr": 0.0},
+        {"new_modules_lr": 0.0},
         {"batch_size": 0},
         {"accumulation_steps": 0},
         {"grad_clip": -1.0},

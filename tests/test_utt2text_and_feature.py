@@ -223,7 +223,7 @@ def test_a_stop_signal_saves_everything_and_says_how_to_go_on(
 def test_where_no_terminal_shows_a_bar_a_line_tells_how_far_it_is(
     tmp_path: Path, corpus: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taste.followed.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("taste.progress_bar.LINE_SECONDS", 0.0)
     assert _run(corpus, model_dir, tmp_path, "--subset-ratio", "0.3") == 0
     told = capsys.readouterr().err
     first, second = (line for line in told.splitlines() if line.startswith("extracting"))

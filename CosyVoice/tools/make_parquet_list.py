@@ -29,9 +29,9 @@ sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
 
 from taste.atomic import atomic_path, remove_leftovers  # noqa: E402
 from taste.interrupt import StopRequest  # noqa: E402
-from taste.keys import normalise_key  # noqa: E402
 from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
+from taste.utterance_ids import normalise_key  # noqa: E402
 
 NUM_UTTS_PER_PARQUET = 1000  # utterances a shard
 NUM_PROCESSES = 1  # shards written at once (threads: copying and packing bytes needs no Python)

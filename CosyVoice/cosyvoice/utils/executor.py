@@ -238,7 +238,7 @@ class Executor:
             restore_random_states(state["random"][self.accelerator.process_index])
         now = differences(flat_settings(notes["train_conf"]), flat_settings(self.notes["train_conf"]))
         self.log.say(
-            f"going on from {source}: epoch {progress.epoch}, {progress.batches} batches of it done, step "
+            f"resuming from {source}: epoch {progress.epoch}, {progress.batches} batches of it done, step "
             f"{progress.step}" + (f". From here on: {some(now)}" if now else "")
         )
 

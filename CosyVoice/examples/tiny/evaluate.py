@@ -41,6 +41,7 @@ from listeners import VoiceJudge, hear_in_worker, open_recogniser, similarity, s
 
 from cosyvoice.cli.cosyvoice import CosyVoice  # noqa: E402
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file  # noqa: E402
+from taste.asr import ListenerMissingError  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.audio import AudioError, read_audio, write_wav  # noqa: E402
 from taste.checkpoint import write_json  # noqa: E402
@@ -48,7 +49,6 @@ from taste.interrupt import StopRequest  # noqa: E402
 from taste.manifest import read_manifest  # noqa: E402
 from taste.plots import plot_mels  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
-from taste.recogniser import ListenerMissingError  # noqa: E402
 from taste.recordings import read_table  # noqa: E402
 from taste.s3_units import open_extractor, read_recording  # noqa: E402
 from taste.speaker import SpeakerEncoder  # noqa: E402

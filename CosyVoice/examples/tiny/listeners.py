@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from taste.asr import RECOGNISER_RATE_HZ, Pocketsphinx, import_listener
 from taste.audio import read_audio
-from taste.recogniser import RECOGNISER_RATE_HZ, Pocketsphinx, import_listener
 
 INSTALL = "pip install -r CosyVoice/examples/tiny/requirements.txt && pip install --no-deps Resemblyzer==0.1.4"
 

@@ -281,7 +281,7 @@ class Sharpening(FrameTraining):
         path = self.settings.out / "last.pt"
         resume(path, self._parts(), self.deciding)
         if self.step:
-            print(f"going on from step {self.step}", flush=True)
+            print(f"resuming from step {self.step}", flush=True)
         return path.is_file()
 
     def name_units(self, stop_requested: Callable[[], bool]) -> bool:

@@ -377,7 +377,7 @@ class Teaching(LongTraining):
         resume(self.folder / "state.pt", self._parts(), self._deciding())
         self.lines = TrainLog(self.folder, None, self.step, active=True)
         if self.step:
-            self.lines.say(f"going on from step {self.step}")
+            self.lines.say(f"resuming from step {self.step}")
 
     def one_step(self, share: float) -> None:
         """Learn from one batch.

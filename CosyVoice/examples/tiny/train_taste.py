@@ -53,8 +53,8 @@ from taste.fitted_taste import quiet_branch  # noqa: E402
 from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts  # noqa: E402
-from taste.progress import Progress, StepRecord  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.train_state import Progress, StepRecord  # noqa: E402
 
 # B batch   S S3 units, 50 Hz
 
@@ -381,7 +381,7 @@ class JointTraining(LongTraining):
         resume(path, self._parts(), self._deciding())
         self.record.keep_until(Progress(step=self.step))
         if self.step:
-            print(f"going on from step {self.step}", flush=True)
+            print(f"resuming from step {self.step}", flush=True)
 
     def one_step(self, share: float) -> None:
         """Let all variants learn from one batch.

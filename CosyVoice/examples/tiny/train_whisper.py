@@ -357,7 +357,7 @@ class Listening(FrameTraining):
         settings = self.settings
         resume(self.path, self._parts(), self.deciding)
         if self.step:
-            print(f"going on from step {self.step}", flush=True)
+            print(f"resuming from step {self.step}", flush=True)
         first = self.epoch, self.place
         pinned = self.device.type == "cuda"
         self.batches = open_batches(

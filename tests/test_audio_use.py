@@ -2,7 +2,7 @@ import pytest
 from accelerate import Accelerator
 
 import model_code
-from taste.listening import listen
+from taste.audio_use import listen
 from taste.settings import parse_settings
 from taste.training import RunStopped
 from tests.small_stage3 import small_dataset, small_model

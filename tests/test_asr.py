@@ -12,9 +12,7 @@ import pytest
 import torch
 
 import setup_cosyvoice
-from taste.audio import read_audio
-from taste.manifest import read_manifest
-from taste.recogniser import (
+from taste.asr import (
     Pocketsphinx,
     WhisperRecogniser,
     Word,
@@ -23,6 +21,8 @@ from taste.recogniser import (
     timed_words,
     whisper_lacks,
 )
+from taste.audio import read_audio
+from taste.manifest import read_manifest
 from taste.settings import parse_settings
 from tests.small_whisper import write_small_whisper, write_writing_whisper
 

@@ -1,6 +1,6 @@
 import torch
 
-from taste.transcript_fit import blurredness, misfits
+from taste.transcript_check import blurredness, misfits
 
 WORDS = torch.tensor([0, 0, 1, 2, 3])
 

@@ -9,7 +9,7 @@ from taste.words import word_spans
 
 # T text tokens   A Whisper frames, 50 Hz
 
-LEAST_UNITS_PER_TOKEN, MOST_UNITS_PER_TOKEN = 2.0, 40.0  # of speech; a little wider than what generation allows
+MIN_UNITS_PER_TOKEN, MAX_UNITS_PER_TOKEN = 2.0, 40.0  # of speech; a little wider than what generation allows
 BLURRED_SHARE = 0.97  # of the entropy of looking everywhere alike: more says that nothing was found
 
 
@@ -28,10 +28,10 @@ def misfits(word_ids: Tensor, frames: int, attention: Tensor | None = None) -> l
     signs = []
     if frames < words:
         signs.append(f"{words} words in {frames} frames (50 a second): some words have no sound of their own")
-    elif not LEAST_UNITS_PER_TOKEN <= ratio <= MOST_UNITS_PER_TOKEN:
+    elif not MIN_UNITS_PER_TOKEN <= ratio <= MAX_UNITS_PER_TOKEN:
         signs.append(
             f"{frames} frames for {len(word_ids)} text tokens, {ratio:.1f} each; speech has "
-            f"{LEAST_UNITS_PER_TOKEN:g} to {MOST_UNITS_PER_TOKEN:g}"
+            f"{MIN_UNITS_PER_TOKEN:g} to {MAX_UNITS_PER_TOKEN:g}"
         )
     if attention is not None and (blur := blurredness(attention)) > BLURRED_SHARE:
         signs.append(f"the text is found nowhere in the recording (attention is {blur:.0%} of evenly spread)")

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import get_tokenizer
+from taste.audio_use import codes_of
 from taste.data import UtteranceDataset, spread_evenly
 from taste.generation import Sampling
-from taste.listening import codes_of
 from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model
 from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
 from taste.run_report import SHOWN_FILE, measure_run, note_shown
 from taste.settings import Settings
 from taste.synthesis import UnitDecoder
-from taste.transcript_fit import misfits
+from taste.transcript_check import misfits
 
 
 def show(
@@ -68,7 +68,7 @@ def show(
         draw_alignments(weights, decoder, decoded, tokenizer, run_folder)
     codes = codes_of(model, decoded, device) if model.quantizer is not None else []
     note_shown(run_folder, decoded, tokenizer, weights, codes)
-    if settings.measure_sounds:
+    if settings.evaluate_audio:
         results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir, device=str(device))
     return results
 
@@ -85,7 +85,7 @@ def sampling_of(settings: Settings) -> Sampling:
     Raises:
         ValueError: a value is out of its range.
     """
-    return Sampling(settings.sampling, settings.top_k, settings.least_units_per_token, settings.most_units_per_token)
+    return Sampling(settings.sampling, settings.top_k, settings.min_units_per_token, settings.max_units_per_token)
 
 
 def _warn_of_misfits(dataset: UtteranceDataset, weights: Sequence[Tensor]) -> None:

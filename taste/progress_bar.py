@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 LINE_SECONDS = 60.0  # between two lines
 
 
-def followed(
+def progress_bar(
     items: Collection[Item],
     description: str,
     unit: str,

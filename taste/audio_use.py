@@ -10,8 +10,8 @@ from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
 from taste.data import FRAMES_PER_SECOND, UtteranceDataset
-from taste.followed import followed
 from taste.model import CosyVoiceS3Model
+from taste.progress_bar import progress_bar
 from taste.provenance import noted_models
 from taste.scoring import evaluate, sum_over_processes
 from taste.settings import Settings
@@ -96,7 +96,7 @@ def codes_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: torch.d
     """
     codes = []
     # one by one: rounding in a larger batch could tip a word over to the next code
-    for index in followed(range(len(dataset)), "codes", "utterances"):
+    for index in progress_bar(range(len(dataset)), "codes", "utterances"):
         example = dataset[index]
         firsts = [start for start, _ in word_spans(example.word_ids)]
         codes.append(model.encode(collate([example]).to(device))[0, firsts].cpu())

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from taste.plain_data import load_plain
+from taste.safe_pickle import load_plain
 
 
 class _RunsCode:

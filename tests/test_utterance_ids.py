@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taste.keys import common_ids, describe_scheme, normalise_key
+from taste.utterance_ids import common_ids, describe_scheme, normalise_key
 
 
 @pytest.mark.parametrize(
