@@ -48,7 +48,7 @@ MEASURES = {
     "top5_shuffled": Measure("top-5 accuracy, shuffled audio (control)", "", ".3f"),
     "top5_silenced": Measure("top-5 accuracy, silent audio (control)", "", ".3f"),
     "utterances_generated": Measure("utterances generated", "", ".0f"),
-    "token_error_rate": Measure("unit error rate, free running", "lower", ".3f"),
+    "unit_error_rate": Measure("unit error rate, free running", "lower", ".3f"),
     "length_ratio": Measure("units for each true unit", "", ".2f"),
     "eos_rate": Measure("EOS rate", "higher", ".1f", " %", 100),
     "bleu": Measure("BLEU of units", "higher", ".1f"),

@@ -17,7 +17,7 @@ class UnitMetrics:
     """Results over a set of utterances; sums are taken over the set before dividing."""
 
     utterances: int
-    token_error_rate: float  # insertions + deletions + substitutions, for each true unit; can exceed 1
+    unit_error_rate: float  # insertions + deletions + substitutions, for each true unit; can exceed 1
     length_ratio: float  # units generated for each true unit
     eos_rate: float  # share of the utterances that the model itself ended
     bleu: float  # 0..100, up to 4-grams
@@ -58,7 +58,7 @@ def compare_units(
     common = sum((Counter(a) & Counter(b)).total() for a, b in zip(true, predicted, strict=True))
     return UnitMetrics(
         utterances=len(true),
-        token_error_rate=jiwer.wer(references, hypotheses),
+        unit_error_rate=jiwer.wer(references, hypotheses),
         length_ratio=predicted_count / true_count,
         eos_rate=sum(ended) / len(ended),
         bleu=sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none", force=True).score,

@@ -65,7 +65,7 @@ def test_the_quantizer_begins_close_to_the_words_it_was_started_with(dataset, fi
     rounded = model.quantizer.decode(model.encode(batch))[starts]
     left_over = (rounded - words).square().sum() / (words - words.mean(dim=0)).square().sum()
     assert left_over < 0.6  # three codes of eight for as many channels as these words have
-    assert len(notes["code_usage"]) == TASTE_SIZES.codebooks and notes["code_usage"][0] == 1.0
+    assert len(notes["code_usage"]) == TASTE_SIZES.num_quantizers and notes["code_usage"][0] == 1.0
 
 
 def test_every_process_of_a_run_starts_the_codebooks_by_itself(dataset, fitted, monkeypatch):

@@ -7,7 +7,7 @@ from taste.metrics import compare_units, describe_attention
 def test_perfect_units_have_no_errors():
     true = [[5, 7, 7, 9, 1, 2], [3, 3, 4, 8]]
     measured = compare_units(true, true, [True, True])
-    assert measured.token_error_rate == 0
+    assert measured.unit_error_rate == 0
     assert measured.length_ratio == measured.eos_rate == measured.unigram_f1 == 1
     assert measured.bleu == pytest.approx(100)
 
@@ -15,7 +15,7 @@ def test_perfect_units_have_no_errors():
 def test_errors_are_counted_over_the_whole_set():
     # one substitution, one deletion; then two insertions: 4 errors over 7 true units
     measured = compare_units([[1, 2, 3, 4], [5, 6, 7]], [[1, 9, 3], [5, 6, 8, 8, 7]], [True, False])
-    assert measured.token_error_rate == pytest.approx(4 / 7)
+    assert measured.unit_error_rate == pytest.approx(4 / 7)
     assert measured.length_ratio == pytest.approx(8 / 7)
     assert measured.eos_rate == 0.5
     assert measured.unigram_f1 == pytest.approx(2 * 5 / (7 + 8))
@@ -34,7 +34,7 @@ def test_a_unit_counts_as_often_as_it_is_true():
 
 def test_an_empty_prediction_misses_everything():
     measured = compare_units([[1, 2, 3]], [[]], [True])
-    assert (measured.token_error_rate, measured.length_ratio, measured.unigram_f1, measured.bleu) == (1, 0, 0, 0)
+    assert (measured.unit_error_rate, measured.length_ratio, measured.unigram_f1, measured.bleu) == (1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_how_a_gpus_memory_is_shared_out_is_said_before_torch_is_there(given, ex
 def test_more_epochs_go_on_from_the_last_checkpoint(work, capsys):
     assert work.run(num_epochs=1) == 0
     assert work.run(num_epochs=3) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert [entry["epoch"] for entry in work.metrics()["history"]] == [0, 1, 2, 3]
 
 

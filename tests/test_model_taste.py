@@ -28,7 +28,7 @@ def model() -> CosyVoiceS3Model:
 
 def test_codes_do_not_depend_on_the_batch(model, batch):
     together = model.encode(batch)
-    assert together.shape == (4, 7, TASTE_SIZES.codebooks)
+    assert together.shape == (4, 7, TASTE_SIZES.num_quantizers)
     for row, example in enumerate(random_examples(LENGTHS)):
         alone = model.encode(collate([example]))[0]
         assert torch.equal(together[row, : len(alone)], alone)

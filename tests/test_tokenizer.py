@@ -83,10 +83,10 @@ def spoken(work, tokenizer) -> SpeechCodes:
 
 def test_a_recording_becomes_a_row_of_codes_for_each_word(tokenizer, spoken):
     assert spoken.words == WORDS and spoken.text == TEXT
-    assert spoken.codes.shape == (len(WORDS), TASTE_SIZES.codebooks) and spoken.codes.dtype == torch.int64
+    assert spoken.codes.shape == (len(WORDS), TASTE_SIZES.num_quantizers) and spoken.codes.dtype == torch.int64
     assert 0 <= int(spoken.codes.min()) <= int(spoken.codes.max()) < TASTE_SIZES.codebook_size
     assert spoken.speaker.shape == (192,) and spoken.seconds == pytest.approx(1.2)
-    assert (tokenizer.levels, tokenizer.codebook_size) == (TASTE_SIZES.codebooks, TASTE_SIZES.codebook_size)
+    assert (tokenizer.levels, tokenizer.codebook_size) == (TASTE_SIZES.num_quantizers, TASTE_SIZES.codebook_size)
 
 
 def test_a_file_and_its_waveform_have_the_same_codes(work, tokenizer, spoken):
@@ -202,7 +202,7 @@ def test_more_words_than_there_is_sound_for_raise_a_doubt_and_codes_all_the_same
     waveform = torch.from_numpy(voice_like(0.05, 16_000, seed=3)).float()
     spoken = tokenizer.encode(waveform, TEXT)
     assert "5 words in 3 frames" in spoken.doubts[0]
-    assert spoken.codes.shape == (5, TASTE_SIZES.codebooks)
+    assert spoken.codes.shape == (5, TASTE_SIZES.num_quantizers)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_variant_is_no_tokenizer(work, tmp_path):
 
 def test_the_default_sizes_are_the_papers():
     sizes = TasteSizes()
-    assert (sizes.codebooks, sizes.codebook_size, sizes.codebook_dim) == (4, 512, 256)
+    assert (sizes.num_quantizers, sizes.codebook_size, sizes.codebook_dim) == (4, 512, 256)
     assert (sizes.aggregator_layers, sizes.aggregator_heads, sizes.audio_layers, sizes.audio_heads) == (2, 20, 2, 8)
 
 
