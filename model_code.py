@@ -36,6 +36,7 @@ from taste.extraction import SOME_FAILED_EXIT_CODE
 from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputBusyError
+from taste.released_run import evaluate_released
 from taste.samples import sampling_of
 from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.tokenizer_run import decode_folder, encode_manifest
@@ -88,6 +89,7 @@ CHECKPOINT_MINUTES = 10.0  # minutes between checkpoints within an epoch, the mo
 AGGREGATOR_LAYERS = 2  # cross-attention layers that gather the speech of each text token
 AGGREGATOR_HEADS = 4  # their heads; they divide the width of the Whisper features; 20 for Whisper-large-v3
 AGGREGATOR_FROM_WHISPER = False  # start them from Whisper's own decoder (WHISPER_DIR), where it has one of that size
+FREEZE_AGGREGATOR_BOTTOM = False  # with that: its embeddings and first layer stay Whisper's, as in the published code
 AUDIO_LAYERS = 2  # conformer blocks that encode the speech of the words
 AUDIO_HEADS = 4  # their heads; 8 for 300M
 AUDIO_FFN_DIM = 512  # width of their feed-forward networks; 2048 for 300M
@@ -101,7 +103,7 @@ QUANTIZE_DROPOUT = True  # in training use only the first of the codebooks now a
 
 # --- MODE encode and decode ---------------------------------------------------
 ENCODE_JSONL = "json/test.jsonl"  # manifest of the recordings to encode
-TASTE_CHECKPOINT = None  # str: folder of a released TASTE-V0, to encode and decode with it; none: what the run trained
+TASTE_CHECKPOINT = None  # str: folder of a released TASTE-V0, to encode, decode, evaluate; none: what the run trained
 CODES_DIR = None  # str: where codes are written to and read from; none: exp/<run>/codes
 
 # --- what to show ------------------------------------------------------------
@@ -182,11 +184,6 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         return 0
     if settings.mode != "train":
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
-    if settings.taste_checkpoint:
-        raise ValueError(
-            f"TASTE_CHECKPOINT is {settings.taste_checkpoint}, which MODE = train does not read: a released TASTE can "
-            "be encoded and decoded with (--mode encode, --mode decode); leave it out to train or evaluate a run"
-        )
     # precision and accumulation are the training loop's, whatever a launcher's configuration says
     once = GradientAccumulationPlugin(num_steps=1)
     # the others wait while the main process lets the model speak and measures what it says, which may take an hour
@@ -198,7 +195,9 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         print(f"settings of {run_folder_of(settings)}:\n{settings.describe()}\n")
         print(f"on {describe_device(accelerator.device)}")
     loss_curve = Path(settings.loss_curve_path or Path(__file__).with_name("loss_curve.png"))
-    if settings.variant == "all":
+    if settings.taste_checkpoint:
+        evaluate_released(settings, accelerator, stop_requested)
+    elif settings.variant == "all":
         compare_variants(settings, accelerator, loss_curve, stop_requested)
     else:
         run_variant(settings, accelerator, loss_curve, stop_requested)

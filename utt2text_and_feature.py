@@ -33,11 +33,11 @@ from tqdm import tqdm
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
 from taste.audio import duration_seconds, read_audio
+from taste.background_flush import BackgroundFlush
 from taste.extraction import SOME_FAILED_EXIT_CODE, describe_full_device
 from taste.failures import Failure, list_failures
 from taste.feature_store import (
     DISK_RESERVE_BYTES,
-    BackgroundFlush,
     FeatureWriteError,
     FeatureWriter,
     check_save_mode,

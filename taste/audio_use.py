@@ -29,6 +29,7 @@ def listen(
     accelerator: "Accelerator",
     say: Callable[[str], None],
     stop_requested: Callable[[], bool] = lambda: False,
+    silence: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Measure a model that hears recordings.
 
@@ -39,6 +40,7 @@ def listen(
         accelerator: device and processes; each calls this.
         say: takes what a person should know.
         stop_requested: asked before each batch of the controls.
+        silence: Whisper's features of it, where they are not to come from the settings' Whisper.
 
     Returns:
         results for metrics.json: `controls` (scores with another utterance's recording, with silence), and of a
@@ -69,6 +71,7 @@ def listen(
             settings.whisper_dir or str(Path(settings.cosyvoice_model_dir) / "whisper"),
             settings.mid_layer,
             noted_models(settings.test_utt2info_path) or noted_models(settings.train_utt2info_path),
+            silence,
         )
     if model.quantizer is not None and accelerator.is_main_process:
         codes = codes_of(model, test_set, accelerator.device)

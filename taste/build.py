@@ -72,8 +72,9 @@ def build_model(
     lora_rank: int = 0,
     taste_sizes: TasteSizes | None = None,
     whisper_dir: str | Path | None = None,
+    freeze_aggregator_bottom: bool = False,
 ) -> CosyVoiceS3Model:
-    """Load the pretrained language model and put the new parts beside it.
+    """Load the pretrained language model and put the new modules beside it.
 
     Args:
         model_dir: a model folder in the released layout.
@@ -85,13 +86,16 @@ def build_model(
         taste_sizes: of the parts of `taste_novq` and `taste`; None: the paper's.
         whisper_dir: Whisper in transformers' format, whose decoder the aggregator may start from; None:
             `<model_dir>/whisper`.
+        freeze_aggregator_bottom: the embeddings and the first layer of an aggregator from Whisper do not learn, as in
+            the published first stage (taste.yaml @ 301bce2).
 
     Returns:
-        the model, its new parts drawn from torch's global random generator, but for an aggregator from Whisper.
+        the model, its new modules drawn from torch's global random generator, but for an aggregator from Whisper.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
-        ValueError: the variant is unknown, needs Whisper features and there are none, or a size does not fit.
+        ValueError: the variant is unknown, needs Whisper features and there are none, a size does not fit, or an
+            aggregator that is not from Whisper should be frozen.
     """
     if variant not in PARTS:
         raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
@@ -107,6 +111,8 @@ def build_model(
         if taste_sizes and taste_sizes.aggregator_from_whisper:
             folder = Path(whisper_dir) if whisper_dir else ModelDir(model_dir).file("whisper")
             parts["aggregator"] = aggregator_from_whisper(folder, llm.text_embedding, speech_width, taste_sizes)
+        if freeze_aggregator_bottom:
+            _freeze_bottom(parts["aggregator"])
     options = {"variant": variant, "freeze_llm": freeze_llm, "use_speaker": use_speaker, "lora_rank": lora_rank}
     return CosyVoiceS3Model(llm, **parts, **options)
 
@@ -184,6 +190,17 @@ def aggregator_from_whisper(
     )
     start_from_whisper(aggregator, folder)
     return aggregator
+
+
+def _freeze_bottom(aggregator: TasteAggregator) -> None:
+    """Let only what lies above the first layer learn."""
+    if aggregator.embed_tokens is None:
+        raise ValueError(
+            "FREEZE_AGGREGATOR_BOTTOM leaves Whisper's embeddings and first layer as they are, and this aggregator has "
+            "none of Whisper's: set AGGREGATOR_FROM_WHISPER = True, or FREEZE_AGGREGATOR_BOTTOM = False"
+        )
+    for part in (aggregator.embed_tokens, aggregator.embed_positions, aggregator.layers[0]):
+        part.requires_grad_(False)
 
 
 def taste_parts(

@@ -68,6 +68,7 @@ def controls_of(
     whisper_dir: str,
     mid_layer: int,
     made_with: Mapping[str, Any] | None = None,
+    silence: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Score a data set with wrong recordings.
 
@@ -77,6 +78,7 @@ def controls_of(
         whisper_dir: Whisper in transformers' format, which listens to silence.
         mid_layer: the layer that the features were taken from.
         made_with: what stage 1 noted about them; silence must be heard by the same Whisper.
+        silence: features of it, last layer's and middle layer's, where another Whisper made the data set's.
 
     Returns:
         `shuffled` and `silenced`: what `score` gave, or why it could not be asked, as text.
@@ -84,7 +86,10 @@ def controls_of(
     results: dict[str, Any] = {}
     for name, make in (
         ("shuffled", lambda: OtherRecording(dataset)),
-        ("silenced", lambda: _silence(dataset, whisper_dir, mid_layer, made_with)),
+        (
+            "silenced",
+            lambda: Silence(dataset, *silence) if silence else _silence(dataset, whisper_dir, mid_layer, made_with),
+        ),
     ):
         try:
             results[name] = score(make())

@@ -210,6 +210,17 @@ class UtteranceDataset(Dataset[Example]):
         stored, units = len(self.features.speech[utt_id]["final"]), len(self.features.units[utt_id])
         return real_frames(stored, units, self.duration_seconds(utt_id))
 
+    def recording_frames(self, utt_id: str) -> int:
+        """How many of the Whisper frames are the recording, and not silence behind it.
+
+        Args:
+            utt_id: its id; the data set has Whisper features.
+
+        Returns:
+            frames, 50 a second.
+        """
+        return self.speech_frames(utt_id)
+
     def _of_tokens(self, utt_id: str, name: str) -> Tensor:
         """One number of `WORD_FIELDS` for each token of an utterance, [T] int64."""
         return torch.as_tensor(self.info(utt_id)[name], dtype=torch.int64)

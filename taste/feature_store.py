@@ -8,8 +8,7 @@ file, or leaves them. A reader takes either, or both at once. Flat files are `{u
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -222,55 +221,6 @@ class FeatureWriter:
         if not self.nested:
             return dict(values)
         return {field: {utt_id: value[field] for utt_id, value in values.items()} for field in NESTED_FIELDS}
-
-
-class BackgroundFlush:
-    """Flushes writers in a thread, so that the caller can compute the next chunk meanwhile.
-
-    At most one chunk of each writer is in writing. The end of the block waits for it; before, the writers may be added
-    to, but neither flushed, finished nor closed, except after `wait`.
-
-    Args:
-        writers: in the order in which their chunks are written; one that cannot be written keeps those behind it back.
-    """
-
-    def __init__(self, writers: Sequence[FeatureWriter]) -> None:
-        self._writers = tuple(writers)
-        self._pool = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> "BackgroundFlush":
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
-        self._pool.shutdown(wait=True)
-        if error_type is None:
-            self.wait()
-
-    def start(self) -> None:
-        """Begin to write the chunks in work, once those before are written; call it where a batch has ended.
-
-        Raises:
-            FeatureWriteError: those before could not be written, as `FeatureWriter.flush` says it.
-        """
-        self.wait()
-        for writer in self._writers:
-            writer.close_chunk()
-        self._writing = self._pool.submit(self._write)
-
-    def wait(self) -> None:
-        """Wait until what `start` began is written.
-
-        Raises:
-            FeatureWriteError: it could not be written, as `FeatureWriter.flush` says it; told once.
-        """
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _write(self) -> None:
-        for writer in self._writers:
-            writer.write_closed_chunk()
 
 
 class Features(Mapping[str, Any]):

@@ -1,4 +1,4 @@
-"""Fits a variant's new parts to its training set, so that training starts beside the pretrained model."""
+"""Fits a variant's new modules to its training set, so that training starts beside the pretrained model."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def _share_of_the_cores() -> Iterator[None]:
 def fit_new_parts(
     model: CosyVoiceS3Model, dataset: UtteranceDataset, parts: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Give new parts weights with which the pretrained ones can work.
+    """Give new modules weights with which the pretrained ones can work.
 
     Of `simple`:
 
@@ -70,7 +70,7 @@ def fit_new_parts(
         use).
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
-    assert wanted, "only a model with an aggregator has new parts"
+    assert wanted, "only a model with an aggregator has new modules"
     examples = [dataset[index] for index in spread_evenly(len(dataset), MOST_UTTERANCES)]
     notes: dict[str, Any] = {"utterances": len(examples)}
     if model.variant == "simple":

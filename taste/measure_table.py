@@ -11,12 +11,14 @@ PAPER_MARK = "†"
 PAPER_NOTE = (
     "The paper's own figures (TASTE, arXiv 2504.07053, tables 1 and 4): not measured here, on other data, with models "
     "of full size and other judges (of durations, Whisper's time stamps). They show which way a measure goes, no more. "
-    "Durations: ours count as kept where they differ by 50 ms at most; the published evaluation asks for less than "
-    "25 ms, and which window gave the paper's figures is not known. Speaker similarity: our judge, CAM++, also gives "
-    "the speaker vectors that the models are conditioned on, which may flatter them. Word error: theirs reads what a "
-    "recogniser wrote down of the recordings, so it holds that one's mistakes too; ours reads the manifest's text. "
-    "Theirs draws units by top-k of 10, ours as SAMPLING says. Not measured here at all: UTMOS (the paper's 4.18 "
-    "of true units, 4.31 of text only, 4.29 of TASTE) and MUSHRA (70.2, 42.6, 68.3)."
+    "Durations: ours count as kept where they differ by 50 ms at most, and the words of all utterances are aligned, "
+    "without case and punctuation. The published evaluation asks for less than 25 ms, drops an utterance in which the "
+    "numbers of heard words differ, and compares only words that are written alike, case and punctuation included; "
+    "which window gave the paper's figures is not known. Speaker similarity: our judge, CAM++, also gives the speaker "
+    "vectors that the models are conditioned on, which may flatter them. Word error: published TASTE and text only "
+    "speak what a recogniser wrote down of the recording, so its mistakes count; ours speak the manifest's text. "
+    "Sampling: theirs is top-k of 10, for text only of 25; ours is what SAMPLING says. Not measured here at all: UTMOS "
+    "(the paper's 4.18 of true units, 4.31 of text only, 4.29 of TASTE) and MUSHRA (70.2, 42.6, 68.3)."
 )
 
 SYSTEMS = {  # in the table's order; others come after them

@@ -92,6 +92,22 @@ def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
+def on_recording(attention: Tensor, frames: int) -> Tensor:
+    """The attention to a recording alone, where silence behind it could be looked at too.
+
+    Args:
+        attention: [T, A], each row's sum is 1.
+        frames: how many of the A are the recording.
+
+    Returns:
+        [T, frames], each row's sum 1; what was given, where there is nothing behind the recording.
+    """
+    if frames >= attention.shape[1]:
+        return attention
+    heard = attention[:, :frames]
+    return heard / heard.sum(dim=1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)
+
+
 def _as_words(units: Sequence[int]) -> str:
     """The units as the libraries for text want them."""
     return " ".join(map(str, units))

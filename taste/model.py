@@ -357,7 +357,7 @@ class CosyVoiceS3Model(nn.Module):
             name: of a weight of this model.
 
         Returns:
-            True for what the model folder holds, `trained_parts` included; False for adapters and new parts.
+            True for what the model folder holds, `trained_parts` included; False for adapters and new modules.
         """
         return is_pretrained(name) or lies_in(name, self.trained_parts)
 

@@ -67,6 +67,25 @@ class OfficialTaste(nn.Module):
             hook.remove()
         return final, tapped[0]
 
+    def listen(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """Run Whisper's encoder on a recording and the silence that fills up its window.
+
+        Args:
+            waveform: the recording, [N] float32 at 16 kHz.
+
+        Returns:
+            as for `hear`, [1, A, D] each, on the model's device.
+
+        Raises:
+            ValueError: the recording is empty or longer than Whisper's window.
+        """
+        return self.hear(self._spectrum(waveform.to(self.model.llm.llm_embedding.weight.device)))
+
+    @property
+    def window_samples(self) -> int:
+        """Length of Whisper's window, at 16 kHz."""
+        return self.whisper.config.max_source_positions * SAMPLES_PER_FRAME
+
     def batch(
         self,
         text: TextTokens,
@@ -94,7 +113,7 @@ class OfficialTaste(nn.Module):
         length = torch.tensor([len(tokens)], device=device)
         final = mid = None
         if waveform is not None:
-            final, mid = self.hear(self._spectrum(waveform.to(device)))
+            final, mid = self.listen(waveform)
         return Batch(
             utt_ids=("",),
             text=self.model.llm.text_embedding(tokens)[None],
@@ -113,7 +132,7 @@ class OfficialTaste(nn.Module):
     def _spectrum(self, waveform: Tensor) -> Tensor:
         from cosyvoice.utils.audio import whisper_log_mel
 
-        window = self.whisper.config.max_source_positions * SAMPLES_PER_FRAME
+        window = self.window_samples
         if waveform.dim() != 1 or not 0 < len(waveform) <= window:
             raise ValueError(
                 f"expected a recording [N] of 1 to {window} samples at 16 kHz, got {list(waveform.shape)}; split it"

@@ -13,7 +13,7 @@ from taste.checkpoint import write_json
 from taste.data import UtteranceDataset, spread_evenly
 from taste.epoch_plan import batches_by_length
 from taste.generation import Generated, Sampling, generate
-from taste.metrics import compare_units
+from taste.metrics import compare_units, on_recording
 from taste.model import CosyVoiceS3Model
 from taste.plots import plot_alignment, plot_mels, plot_units
 from taste.progress_bar import progress_bar
@@ -164,7 +164,7 @@ def attention_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: tor
         for each utterance weights [T, A], on the CPU.
     """
     return [
-        model.attention(collate([example]).to(device))[0].cpu()
+        on_recording(model.attention(collate([example]).to(device))[0].cpu(), dataset.recording_frames(example.utt_id))
         for example in map(dataset.__getitem__, range(len(dataset)))
     ]
 
@@ -239,7 +239,7 @@ def describe_start(start: dict[str, Any]) -> str:
 
 
 def describe_fit(fitted: dict[str, Any]) -> str:
-    """One line about how well the new parts fit before training.
+    """One line about how well the new modules fit before training.
 
     Args:
         fitted: what `fit_new_parts` noted.
@@ -257,7 +257,7 @@ def describe_fit(fitted: dict[str, Any]) -> str:
         )
     if "code_usage" in fitted:
         parts.append(f"training words use {', '.join(f'{share:.0%}' for share in fitted['code_usage'])} of the codes")
-    return f"new parts fitted to {fitted['utterances']} utterances{': ' if parts else ''}{', '.join(parts)}"
+    return f"new modules fitted to {fitted['utterances']} utterances{': ' if parts else ''}{', '.join(parts)}"
 
 
 def epoch_line(entry: dict[str, Any]) -> str:

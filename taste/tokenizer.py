@@ -14,7 +14,9 @@ from taste.audio import read_audio
 from taste.batch import Batch
 from taste.checkpoint import weights_fingerprint
 from taste.generation import Sampling, generate
+from taste.metrics import on_recording
 from taste.model import CosyVoiceS3Model
+from taste.released_folder import check_same_sizes, speaker_model_warning
 from taste.settings import pick_device
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
@@ -152,15 +154,11 @@ class TasteTokenizer:
         from taste.official import tokenize as split_as_released
 
         device = pick_device("auto") if device is None else device
-        model = load_taste_checkpoint(folder)
-        own, beside = model.model.llm.llm_input_size, sizes(model_dir).lm_width
-        if own != beside:  # its units and speaker vectors fit any folder by their numbers, and would sound as noise
-            raise ValueError(
-                f"{folder} has a unit decoder of {own} channels, the model folder {model_dir} a language model of "
-                f"{beside}: its flow, HiFT and speaker encoder are of another model. Give the CosyVoice that TASTE was "
-                "trained on: --cosyvoice-model-dir CosyVoice-300M (python setup_cosyvoice.py fetches it)"
-            )
-        return cls(model.to(device), model_dir, split_as_released, device)
+        taste = load_taste_checkpoint(folder)
+        check_same_sizes(taste.model, folder, model_dir)
+        if warning := speaker_model_warning(folder, model_dir):
+            print(warning, flush=True)
+        return cls(taste.to(device), model_dir, split_as_released, device)
 
     @property
     def levels(self) -> int:
@@ -203,7 +201,8 @@ class TasteTokenizer:
         speaker = None if self._speaker is None else self._speaker.embed(waveform)
         batch = self._reader.batch(tokens, waveform=waveform, speaker=speaker)
         spans = word_spans(tokens.word_ids)
-        attention = _on_recording(self.model.attention(batch)[0].cpu(), len(waveform))
+        frames = -(-len(waveform) // SAMPLES_PER_FRAME)  # a released TASTE looks at the silence behind them too
+        attention = on_recording(self.model.attention(batch)[0].cpu(), frames)
         return SpeechCodes(
             text=text,
             words=[self._text_tokenizer.decode(tokens.tokens[start:end]).strip() for start, end in spans],
@@ -319,12 +318,3 @@ class TasteTokenizer:
                 f"codes from {int(codes.min())} to {int(codes.max())}; this model has 0 to {self.codebook_size - 1}"
             )
         return codes
-
-
-def _on_recording(attention: Tensor, samples: int) -> Tensor:
-    """The attention [T, A] to the frames of the recording alone, each row's sum 1.
-
-    A released TASTE looks at the silence too that fills up Whisper's window.
-    """
-    heard = attention[:, : -(-samples // SAMPLES_PER_FRAME)]
-    return heard / heard.sum(dim=1, keepdim=True).clamp(min=torch.finfo(heard.dtype).tiny)

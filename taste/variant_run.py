@@ -53,6 +53,7 @@ DECIDES_TRAINING = (
         "load_pretrained_modules",
         "data_dependent_init",
         "freeze_llm",
+        "freeze_aggregator_bottom",
         "lora_rank",
         "use_speaker",
     ),
@@ -103,10 +104,11 @@ def run_variant(
         lora_rank=settings.lora_rank,
         taste_sizes=TasteSizes.of(settings),
         whisper_dir=settings.whisper_dir,
+        freeze_aggregator_bottom=settings.freeze_aggregator_bottom,
     )
     say(describe_model(model))
 
-    with _sole_writer(run_folder, accelerator):
+    with sole_writer(run_folder, accelerator):
         checkpoint = find_checkpoint(settings, run_folder) if settings.num_epochs else evaluated
         origin = {} if checkpoint else give_first_weights(settings, model, train_set, say)
         if settings.num_epochs:
@@ -132,10 +134,21 @@ def run_variant(
                 results["made_with"] = inputs_digest(settings, run_folder)
             elif not (run_folder / "checkpoints").is_dir():  # else they are those of the training
                 settings.save(run_folder / "settings.json")
-            write_json(run_folder / "metrics.json", results)
-            write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
-            print(summary(results, run_folder))
+            write_results(settings, results, run_folder)
     return results
+
+
+def write_results(settings: Settings, results: dict[str, Any], run_folder: Path) -> None:
+    """Write what was found out about a model as numbers and as a page, and print it.
+
+    Args:
+        settings: of the run.
+        results: what metrics.json is to hold.
+        run_folder: where to write.
+    """
+    write_json(run_folder / "metrics.json", results)
+    write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
+    print(summary(results, run_folder))
 
 
 def run_folder_of(settings: Settings) -> Path:
@@ -317,7 +330,7 @@ def give_first_weights(
     Args:
         settings: INIT_FROM, LOAD_PRETRAINED_MODULES and DATA_DEPENDENT_INIT.
         model: as `build_model` made it.
-        train_set: what new parts are fitted to.
+        train_set: what new modules are fitted to.
         say: takes what a person should know.
 
     Returns:
@@ -433,7 +446,7 @@ def train(
         raise ValueError(
             f"the device is out of memory ({error}). Halve BATCH_SIZE and double ACCUMULATION_STEPS: that is another "
             f"training, so add another --run-name, with --init-from {trainer.last_path} where that was saved, to begin "
-            "with its weights. Or let the new parts alone learn: --freeze-llm true"
+            "with its weights. Or let the new modules alone learn: --freeze-llm true"
         ) from error
     finally:
         accelerator.free_memory()  # it would keep the model and the optimizer for as long as the process lives
@@ -585,8 +598,19 @@ def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_
 
 
 @contextmanager
-def _sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]:
-    """Keep a second run out of the folder while this one lasts."""
+def sole_writer(run_folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Keep a second run out of the folder while this one lasts.
+
+    Args:
+        run_folder: it.
+        accelerator: processes; the main one keeps the others of its run out as well.
+
+    Yields:
+        nothing.
+
+    Raises:
+        OutputBusyError: another run works there.
+    """
     lock = OutputLock(run_folder) if accelerator.is_main_process else None
     try:
         yield

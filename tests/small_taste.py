@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.small_model_folder import SPEECH_CODES
+
 Named = Sequence[tuple[str, Sequence[int]]]  # name and shape of each weight
 
 QUANTIZER = {"decay": 0.99, "kmeans_init": False, "quantize_dropout": False}
@@ -107,6 +109,22 @@ def write_small_taste(
     }
     save_file(weights, folder / "model.safetensors")
     return folder
+
+
+def write_speaking_taste(folder: Path, case: dict[str, Any]) -> Path:
+    """One that says the units, and reads the speaker vectors, of `write_small_model_folder`."""
+    audio = "audio_tower.audio_joint_encoder_segmenter.audio_encoder.encoder."
+    return write_small_taste(
+        folder,
+        case,
+        other_shapes={
+            "speech_decoder.speech_embedding.weight": (SPEECH_CODES, 32),
+            "speech_decoder.llm_decoder.weight": (SPEECH_CODES + 1, 32),
+            "speech_decoder.llm_decoder.bias": (SPEECH_CODES + 1,),
+            "speech_decoder.spk_embed_affine_layer.weight": (32, 192),
+            f"{audio}embed_positions.weight": (200, 32),  # 4 s
+        },
+    )
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

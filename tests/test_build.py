@@ -45,6 +45,21 @@ def test_an_aggregator_may_start_from_whispers_decoder(folder):
         torch.testing.assert_close(together[[row]], model(collate([example])).loss_sums, rtol=1e-5, atol=1e-5)
 
 
+def test_the_bottom_of_an_aggregator_from_whisper_may_stay_as_it_is(folder):
+    model = build_model(
+        folder, "taste_novq", taste_sizes=FROM_WHISPER, freeze_aggregator_bottom=True, **OPTIONS
+    ).train()
+    (example,) = random_examples([(4, 11)])
+    heard = example._replace(speech_final=torch.randn(11, WIDTH), speech_mid=torch.randn(11, WIDTH))
+    model(collate([heard])).loss_sums.sum().backward()
+    still = {name for name, parameter in model.aggregator.named_parameters() if parameter.grad is None}
+    bottom = ("embed_tokens.", "embed_positions.", "layers.0.")
+    assert still == {name for name, _ in model.aggregator.named_parameters() if name.startswith(bottom)}
+    assert "aggregator.layers.0.fc1.weight" in model.learned_state()  # the model folder has it under another name
+    with pytest.raises(ValueError, match="none of Whisper's: set AGGREGATOR_FROM_WHISPER = True"):
+        build_model(folder, "taste_novq", taste_sizes=TASTE_SIZES, freeze_aggregator_bottom=True, **OPTIONS)
+
+
 def test_another_whisper_folder_can_be_named(folder, tmp_path):
     write_small_whisper(tmp_path / "other")
     with pytest.raises(ValueError, match=f"knows 50 tokens, the text has {TEXT_TOKENS}"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from taste import feature_store
+from taste.background_flush import BackgroundFlush
 from taste.feature_store import (
-    BackgroundFlush,
     FeatureFileError,
     FeatureWriteError,
     FeatureWriter,

@@ -507,10 +507,10 @@ def test_new_parts_are_fitted_once_and_the_run_says_so(work, capsys):
     assert work.run(num_epochs=1) == 0
     fitted = work.metrics()["fitted"]
     assert fitted["utterances"] == len(LENGTHS) and 0 < fitted["text_explained"] <= 1
-    assert "new parts fitted to 10 utterances" in capsys.readouterr().out
+    assert "new modules fitted to 10 utterances" in capsys.readouterr().out
     assert work.run(num_epochs=2) == 0  # goes on, with the weights that it has
     assert work.metrics()["fitted"] == fitted
-    assert "new parts fitted" not in capsys.readouterr().out
+    assert "new modules fitted" not in capsys.readouterr().out
     assert work.run(num_epochs=1, run_name="next", init_from="simple") == 0  # all parts are another run's
     assert work.metrics("next")["fitted"] is None
 

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_taste import CONFIG, write_small_taste
+from small_taste import CONFIG, write_small_taste, write_speaking_taste
 
 import model_code
 from cosyvoice.utils.model_dir import get_tokenizer
@@ -16,9 +17,11 @@ from taste.code_files import read_codes
 from taste.generation import Sampling
 from taste.official import OfficialTaste, build_official, load_taste_checkpoint, tokenize
 from taste.official_names import rename, rename_stage1
+from taste.released_folder import check_same_sizes, speaker_model_warning
 from taste.text import TextTokens
 from taste.tokenizer import TasteTokenizer
 from taste.words import word_spans
+from tests.small_model_folder import write_small_model_folder
 
 TEXT = TextTokens([34542, 5567, 22126, 26914, 49026], [0, 0, 1, 2, 2])
 WEIGHTS = "model.safetensors"
@@ -91,53 +94,57 @@ def test_a_released_folder_opens_and_encodes_and_decodes(released):
     assert decoded.lengths.tolist() == [len(TEXT.tokens) + 3]
 
 
-def write_speaking_taste(folder: Path, case: dict[str, Any]) -> Path:
-    """A small released-style folder that says the units, and reads the speaker vectors, of a CosyVoice folder."""
-    audio = "audio_tower.audio_joint_encoder_segmenter.audio_encoder.encoder."
-    return write_small_taste(
-        folder,
-        case,
-        other_shapes={
-            "speech_decoder.speech_embedding.weight": (4096, 32),
-            "speech_decoder.llm_decoder.weight": (4097, 32),
-            "speech_decoder.llm_decoder.bias": (4097,),
-            "speech_decoder.spk_embed_affine_layer.weight": (32, 192),
-            f"{audio}embed_positions.weight": (200, 32),  # 4 s
-        },
-    )
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, golden_dir) -> Path:
+    """A CosyVoice folder with the text, units and speakers of the small released one."""
+    return write_small_model_folder(tmp_path_factory.mktemp("cosyvoice") / "model", golden_dir)
 
 
-@pytest.fixture
-def cosyvoice_dir(tmp_path) -> Path:
-    """CosyVoice-tiny, said to have a language model as wide as the small released one."""
-    folder = tmp_path / "CosyVoice"
-    folder.mkdir()
-    for file in Path("CosyVoice-tiny").resolve().iterdir():
-        (folder / file.name).symlink_to(file)
-    text = (folder / "cosyvoice.yaml").read_text()
-    (folder / "cosyvoice.yaml").unlink()
-    (folder / "cosyvoice.yaml").write_text(text.replace("\nllm_input_size: 192\n", "\nllm_input_size: 32\n"))
-    return folder
-
-
-def test_a_released_taste_is_refused_beside_a_cosyvoice_of_other_sizes(case, cosyvoice_dir, tmp_path, capsys):
+def test_a_cosyvoice_of_other_sizes_is_refused(case, tmp_path, capsys):
     folder = write_speaking_taste(tmp_path / "released", case)
     (tmp_path / "none.jsonl").write_text('{"audio_path": "none.wav", "text": "None."}')
-    words = ["--taste-checkpoint", str(folder), "--mode", "encode", "--encode-jsonl", str(tmp_path / "none.jsonl")]
-    assert model_code.main([*words, "--variant", "taste", "--exp-dir", str(tmp_path / "exp")]) == 1
+    words = ["--variant", "taste", "--exp-dir", str(tmp_path / "exp"), "--encode-jsonl", str(tmp_path / "none.jsonl")]
+    assert model_code.main([*words, "--taste-checkpoint", str(folder), "--mode", "encode"]) == 1
     told = capsys.readouterr().err
-    assert "a unit decoder of 32 channels" in told and "CosyVoice-tiny a language model of 192" in told
-    assert "--cosyvoice-model-dir CosyVoice-300M" in told
-    TasteTokenizer.open_released(folder, cosyvoice_dir)
+    assert f"the model folder CosyVoice-tiny is not the CosyVoice that {folder} was trained with" in told
+    assert "text width 64, expected 24; LM width 192, expected 32; S3 units 4096, expected 64. " in told
+    assert "--cosyvoice-model-dir CosyVoice-300M (python setup_cosyvoice.py fetches it)" in told
 
 
-def test_a_released_taste_is_no_start_of_a_training(released, capsys):
-    assert model_code.main(["--variant", "taste", "--num-epochs", "0", "--taste-checkpoint", str(released)]) == 1
-    assert "TASTE_CHECKPOINT" in capsys.readouterr().err
+def test_a_cosyvoice_with_another_unit_rate_is_refused(case, model_dir, tmp_path):
+    taste = load_taste_checkpoint(write_speaking_taste(tmp_path / "released", case))
+    check_same_sizes(taste.model, "TASTE-V0", model_dir)
+    slower = tmp_path / "slower"
+    slower.mkdir()
+    config = (model_dir / "cosyvoice.yaml").read_text()
+    (slower / "cosyvoice.yaml").write_text(config.replace("input_frame_rate: 50", "input_frame_rate: 25"))
+    with pytest.raises(ValueError, match=r"trained with: S3 units a second 25, expected 50\. "):
+        check_same_sizes(taste.model, "TASTE-V0", slower)
 
 
-def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, cosyvoice_dir, tmp_path):
-    tokenizer = TasteTokenizer.open_released(write_speaking_taste(tmp_path / "released", case), cosyvoice_dir)
+def test_another_speaker_encoder_than_the_released_one_is_told(case, model_dir, tmp_path, capsys):
+    folder = write_speaking_taste(tmp_path / "released", case)
+    (folder / "cosyvoice").mkdir()
+    own, used = folder / "cosyvoice" / "speaker_embed.onnx", model_dir / "campplus.onnx"
+    shutil.copy(used, own)
+    assert speaker_model_warning(folder, model_dir) is None
+    exported = onnx.load(used)
+    exported.producer_name = "another file of the same weights"
+    onnx.save(exported, own)
+    assert speaker_model_warning(folder, model_dir) is None
+    TasteTokenizer.open_released(folder, model_dir)
+    assert "warning" not in capsys.readouterr().out
+
+    weights = exported.graph.initializer[0]
+    weights.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weights) + 1, weights.name))
+    for content in (exported.SerializeToString(), b"no ONNX model"):
+        own.write_bytes(content)
+        TasteTokenizer.open_released(folder, model_dir)
+        assert f"warning: {used}, whose speaker vectors are used, is another" in capsys.readouterr().out
+
+
+def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, model_dir, tmp_path):
+    tokenizer = TasteTokenizer.open_released(write_speaking_taste(tmp_path / "released", case), model_dir)
     recording, text = sound(8_000), "A test."  # 25 of the window's 200 frames
     blurred = tokenizer.encode(recording, text)
     assert len(blurred.doubts) == 1 and "attention is" in blurred.doubts[0]  # random weights find nothing
@@ -146,9 +153,9 @@ def test_a_recording_shorter_than_whispers_window_raises_no_doubts(case, cosyvoi
     assert tokenizer.encode(recording, text).doubts == []
 
 
-def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, cosyvoice_dir, tmp_path):
+def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, model_dir, tmp_path):
     folder = write_speaking_taste(tmp_path / "released", case)
-    tokenizer = TasteTokenizer.open_released(folder, cosyvoice_dir)
+    tokenizer = TasteTokenizer.open_released(folder, model_dir)
     text = "An unbelievably short test."
     spoken = tokenizer.encode(sound(32_000), text)
     assert spoken.words == ["An", "unbelievably", "short", "test."]
@@ -162,7 +169,7 @@ def test_a_released_folder_is_a_tokenizer_beside_a_cosyvoice_folder(case, cosyvo
     write_wav(tmp_path / "one.wav", sound(32_000), 16_000)
     (tmp_path / "one.jsonl").write_text(json.dumps({"audio_path": str(tmp_path / "one.wav"), "text": text}))
     words = ["--variant", "taste", "--device", "cpu", "--exp-dir", str(tmp_path / "exp"), "--max-units-per-token", "4"]
-    words += ["--cosyvoice-model-dir", str(cosyvoice_dir)]
+    words += ["--cosyvoice-model-dir", str(model_dir)]
     words += ["--taste-checkpoint", str(folder), "--encode-jsonl", str(tmp_path / "one.jsonl"), "--mode"]
     assert model_code.main([*words, "encode"]) == 0
     assert read_codes(tmp_path / "exp/taste/codes/one.json").codes.tolist() == spoken.codes.tolist()

@@ -248,7 +248,7 @@ def find_some_tokens(dataset: Any, settings: Settings) -> dict[int, Tensor]:
 
 
 def fit(joint: JointModel, dataset: Any, spans: Mapping[int, Tensor], settings: Settings, device: torch.device) -> None:
-    """Let the new parts begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
+    """Let the new modules begin with something to tell: see taste/fitted_start.py and listening_lesson.py."""
     how: dict[str, Any] = {"device": device, "peak_lr": settings.parts_lr, "seed": settings.seed}
     if settings.sounds:
         sounds, words = read_sounds(Path(settings.sounds), joint.llm)
