@@ -50,6 +50,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_json(path.with_suffix(".json"), checkpoint.notes)
 
 
+# settings that had other names in notes written before they were called as they are
+_RENAMED = {
+    "least_units_per_token": "min_units_per_token",
+    "most_units_per_token": "max_units_per_token",
+    "new_parts_lr": "new_modules_lr",
+    "fit_new_parts": "data_dependent_init",
+    "pretrained_parts": "load_pretrained_modules",
+    "stages": "staged_training",
+    "audio_blocks": "audio_layers",
+    "audio_units": "audio_ffn_dim",
+    "fusion_start": "fusion_init",
+    "codebooks": "num_quantizers",
+    "codebook_width": "codebook_dim",
+    "measure_sounds": "evaluate_audio",
+}
+
+
 def disk_warning(last_path: Path, best_path: Path, model: nn.Module) -> str | None:
     """Look whether the disk has room for the checkpoints of a run.
 
@@ -83,7 +100,7 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
         mapped: weights are read from the disk when they are used: for a look at the notes.
 
     Returns:
-        its content, on the CPU.
+        its content, on the CPU; settings under the names that they have now.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +111,10 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> Checkpoint:
         raise FileNotFoundError(f"there is no checkpoint {path} ({path.parent} holds {near})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        return Checkpoint(content["weights"], content["optimizer"], json.loads(content["notes"]))
+        notes = json.loads(content["notes"])
+        if "settings" in notes:
+            notes["settings"] = {_RENAMED.get(name, name): value for name, value in notes["settings"].items()}
+        return Checkpoint(content["weights"], content["optimizer"], notes)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of model_code.py, or is damaged ({error}); resume from another one, "

@@ -49,7 +49,7 @@ class TrainedReader:
                 "--variant taste"
             )
         folder = ModelDir(model_dir)
-        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32  # as stage 1 computes
+        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32  # as stage 1 by default
         self._whisper = WhisperEncoder(whisper_dir or folder.file("whisper"), mid_layer, device, dtype)
         check_same_whisper(checkpoint.notes["features_made_with"], self._whisper)
         model = build_model(

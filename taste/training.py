@@ -340,8 +340,8 @@ class Trainer:
                 if rows == 1:
                     raise ValueError(
                         f"the device is out of memory ({error}), even with one utterance at a time, of up to {longest} "
-                        "positions (text tokens and S3 units). Leave the longest recordings out, or let the new "
-                        "modules alone learn: --freeze-llm true --run-name <another>"
+                        "positions (text tokens and S3 units). Leave the longest recordings out, or, where that is "
+                        "not so yet, let the new modules alone learn: --freeze-llm true --run-name <another>"
                     ) from error
             # only here, where the error keeps nothing of the attempt any more
             self.optimizer.zero_grad()

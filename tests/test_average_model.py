@@ -40,6 +40,12 @@ def test_the_epochs_with_the_lowest_loss_are_averaged(training: Path) -> None:
     assert mean["counter"].item() == 1
 
 
+@pytest.mark.parametrize("written", [".nan", ".inf"])
+def test_an_epoch_whose_loss_is_no_number_is_none_of_the_best(training: Path, written: str) -> None:
+    (training / "epoch_1.yaml").write_text(f"epoch: 1\nloss_dict: {{loss: {written}, acc: none}}\n")
+    assert torch.equal(average(training, "--num", "2", "--val_best")["matrix"], torch.full((2, 3), 2.5))  # 2 and 3
+
+
 def test_a_folder_of_the_published_trainer_is_averaged_alike(training: Path) -> None:
     wanted = average(training, "--num", "2", "--val_best")
     for epoch in range(len(LOSSES)):

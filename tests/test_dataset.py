@@ -126,6 +126,24 @@ def test_frames_of_tokens_hears_no_sound_and_checks_the_tokens() -> None:
             frames(wrong)
 
 
+@pytest.mark.parametrize(("rows", "without", "refused"), [(12, 10, False), (30, 15, False), (20, 11, True)])
+def test_a_shard_most_of_whose_utterances_have_no_speech_tokens_is_an_error(
+    rows: int, without: int, refused: bool
+) -> None:
+    shard = [
+        {"utt": str(row), "src": "shard.tar", "audio_data": b"", "speech_token": [] if row < without else [7]}
+        for row in range(rows)
+    ]
+    kept = processor.frames_of_tokens(shard, sample_rate=22050, hop_size=256)
+    if refused:
+        with pytest.raises(
+            DataError, match=f"shard.tar: {without} of {rows} utterances have no speech tokens.*stage 2"
+        ):
+            list(kept)
+    else:
+        assert len(list(kept)) == rows - without
+
+
 # ---- order
 
 

@@ -858,3 +858,15 @@ def test_features_loaded_by_other_processes_train_the_same(work):
     assert work.run(run_name="alone", **options) == 0
     assert work.run(run_name="helped", num_workers=2, **options) == 0
     assert_same_run(work, "alone", "helped")
+
+
+def test_a_checkpoint_of_before_settings_had_their_names_goes_on_only_with_the_same(work, capsys):
+    assert work.run(num_epochs=1) == 0
+    path = work.folder / "exp/simple/checkpoints/last.pt"
+    content = torch.load(path, weights_only=True)
+    notes = json.loads(content["notes"])
+    notes["settings"]["new_parts_lr"] = notes["settings"].pop("new_modules_lr")
+    torch.save(content | {"notes": json.dumps(notes)}, path)
+    assert "new_modules_lr" in load_checkpoint(path).notes["settings"]
+    assert work.run(num_epochs=1, new_modules_lr=0.5) == 1
+    assert "NEW_MODULES_LR was 0.003, is 0.5" in capsys.readouterr().err

@@ -10,6 +10,7 @@ one's are compared, however few they are: of a HiFT that learned alone at first,
 0 done, 1 error, 2 unknown flag.
 """
 
+import math
 import re
 import sys
 from collections import Counter
@@ -68,7 +69,7 @@ def list_epochs(folder: Path) -> list[Epoch]:
         weights = path.with_suffix(".pt")
         try:
             losses = _losses(path)
-            loss = losses["loss"]
+            loss = _number(losses["loss"])
         except (YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{path} gives no loss_dict.loss ({error!r})")
             continue
@@ -86,11 +87,17 @@ def list_epochs(folder: Path) -> list[Epoch]:
     return sorted(epochs)
 
 
-def _losses(path: Path) -> dict[str, float]:
+def _losses(path: Path) -> dict[str, str]:
     """The losses that a .yaml file tells; the published one holds a tensor too, as Python objects, which stay nodes."""
     keys = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8")).value
     losses = {key.value: value for key, value in keys}["loss_dict"]
-    return {name.value: float(number.value) for name, number in losses.value}
+    return {name.value: number.value for name, number in losses.value}
+
+
+def _number(written: str) -> float:
+    """A number as YAML writes it; what is none (.nan) is worse than all others."""
+    number = float(written.replace(".nan", "nan").replace(".inf", "inf"))
+    return math.inf if math.isnan(number) else number
 
 
 def choose(epochs: Sequence[Epoch], count: int, best: bool) -> list[Epoch]:

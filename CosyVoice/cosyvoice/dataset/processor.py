@@ -66,6 +66,7 @@ S3_TOKENS_PER_SECOND = 50
 TOKEN_SLACK_SECONDS = 0.1  # tokens and sound may differ by this much, and by TOKEN_SLACK_SHARE of the sound
 TOKEN_SLACK_SHARE = 0.02
 MOST_MISTAKEN, MOST_MISTAKEN_SHARE = 10, 0.1  # of a shard (each epoch judges alike); more than both is no accident
+MOST_WITHOUT_SHARE = 0.5  # of a shard may have no speech tokens, as recordings over 30 s in published ones
 NO_TOKENS, ANOTHER_LENGTH = "no speech tokens", "speech tokens of another length"  # reasons to drop an utterance
 
 
@@ -153,7 +154,8 @@ def filter(  # the published name
         the utterances kept, `speech` [1, N] float32, channels averaged.
 
     Raises:
-        DataError: sound that cannot be decoded, or speech tokens out of range.
+        DataError: sound that cannot be decoded, speech tokens out of range, or over 10, and over half, of a shard
+            without any.
     """
     dropped = Counter() if dropped is None else dropped
     for sample in _with_speech_tokens(data, speech_token_size, dropped):
@@ -196,7 +198,7 @@ def frames_of_tokens(
         the utterances without `audio_data`, with `speech_feat` [F, 0].
 
     Raises:
-        DataError: speech tokens are out of range.
+        DataError: speech tokens are out of range, or over 10, and over half, of a shard have none.
     """
     frames_per_token = sample_rate / hop_size / S3_TOKENS_PER_SECOND
     for sample in _with_speech_tokens(data, S3_CODES, Counter() if dropped is None else dropped):
@@ -257,7 +259,7 @@ def compute_fbank(
         feat_extractor: waveforms [1, N] -> [1, 80, F].
         num_frames: pad the sound to a multiple of so many samples first; -1 does not (CosyVoice-300M).
         mode: not used.
-        dropped: counts what is dropped; the first one is named in a warning.
+        dropped: counts what is dropped; the first one (of each shard, where shards are kept) is named in a warning.
 
     Yields:
         the utterances with `speech_feat` [F, 80], float32.
@@ -330,18 +332,24 @@ def parse_embedding(
 
 
 def _with_speech_tokens(data: Iterable[Sample], codes: int, dropped: Counter[str]) -> Iterator[Sample]:
-    """The utterances that have speech tokens, which become an array; an id that is none of `codes` is an error."""
-    for sample in data:
-        tokens = sample.get("speech_token")
-        if tokens is None or len(tokens) == 0:
-            dropped[NO_TOKENS] += 1
-            continue
-        tokens = np.asarray(tokens)
-        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
-            problem = f"speech tokens run from {tokens.min()} to {tokens.max()}, expected integers 0..{codes - 1}"
-            raise utterance_error(sample, problem, REMAKE_TOKENS)
-        sample["speech_token"] = tokens
-        yield sample
+    """The utterances with speech tokens, as an array; ids that are none of `codes`, and too many without, raise."""
+    for shard, samples in itertools.groupby(data, key=lambda sample: sample.get("src")):
+        seen = without = 0
+        for sample in samples:
+            seen += 1
+            tokens = sample.get("speech_token")
+            if tokens is None or len(tokens) == 0:
+                without += 1
+                dropped[NO_TOKENS] += 1
+                continue
+            tokens = np.asarray(tokens)
+            if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
+                problem = f"speech tokens run from {tokens.min()} to {tokens.max()}, expected integers 0..{codes - 1}"
+                raise utterance_error(sample, problem, REMAKE_TOKENS)
+            sample["speech_token"] = tokens
+            yield sample
+        if without > max(MOST_MISTAKEN, MOST_WITHOUT_SHARE * seen):
+            raise DataError(f"{shard}: {without} of {seen} utterances have {NO_TOKENS}; {REMAKE_TOKENS}")
 
 
 def _with_tokens_of_its_length(data: Iterable[Sample], dropped: Counter[str]) -> Iterator[Sample]:
