@@ -8,11 +8,11 @@ PYTHON := $(strip $(PYTHON))
 VENV := $(strip $(VENV))
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint format check clean
+.PHONY: help setup demo test test-fast lint format check clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv and install what the scripts need (about 2 minutes, 5.4 GB)
 
@@ -38,6 +38,9 @@ demo: setup  ## run all four stages on the embedded model and corpus (about 3 mi
 
 test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
 	$(RUN) -m pytest
+
+test-fast: $(VENV)/.installed-dev  ## run the tests but for the slowest and the tiny recipe's (minutes)
+	$(RUN) -m pytest -m "not slow" --ignore-glob='tests/test_tiny_*'
 
 lint: $(VENV)/.installed-dev  ## check the code's rules and format
 	$(RUN) -m ruff check .

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cosyvoice.cli.cosyvoice import CosyVoice
 
 LISTENING_RATE_HZ = 16_000  # of the S3 tokenizer, of campplus and of Whisper
-S3_CODES_PER_SECOND = 50
 WHISPER_FRAME_SAMPLES = 320
 LONGEST_SECONDS = 30  # that these three take at once
 TONE_SECONDS = 4.0

@@ -215,23 +215,6 @@ def compare_durations(
     )
 
 
-def duration_consistency(
-    reference: Sequence[Word], other: Sequence[Word], tolerance_s: float = DURATION_TOLERANCE_S
-) -> float | None:
-    """Give the share of the agreeing words whose duration was kept.
-
-    Args:
-        reference: the words of the recording in order.
-        other: those of another sound of the same text.
-        tolerance_s: how much a duration may differ.
-
-    Returns:
-        0..1; None where no word agrees.
-    """
-    compared = compare_durations(reference, other, tolerance_s)
-    return compared.consistent / compared.words if compared.words else None
-
-
 def evaluate_sounds(
     rows: Sequence[UtteranceSounds],
     rate_hz: int,

@@ -19,7 +19,6 @@ from taste.sound_metrics import (
     UtteranceSounds,
     compare_durations,
     compare_sounds,
-    duration_consistency,
     evaluate_sounds,
     shapes_db,
     speaker_similarity,
@@ -151,11 +150,10 @@ REFERENCE = words(("the", 0.0, 0.2), ("old", 0.2, 0.5), ("house", 0.6, 1.0))
 
 def test_durations_within_the_tolerance_are_kept_wherever_the_words_lie():
     later = words(("the", 1.0, 1.25), ("old", 1.25, 1.5), ("house", 2.0, 2.3))
-    assert duration_consistency(REFERENCE, later) == pytest.approx(2 / 3)  # 50 and 50 ms off, 100 ms off
-    assert duration_consistency(REFERENCE, later, tolerance_s=0.1) == 1
-    assert duration_consistency(REFERENCE, later, tolerance_s=0.01) == 0
+    assert compare_durations(REFERENCE, later, tolerance_s=0.1).consistent == 3
+    assert compare_durations(REFERENCE, later, tolerance_s=0.01).consistent == 0
     compared = compare_durations(REFERENCE, later)
-    assert compared.words == 3
+    assert (compared.words, compared.consistent) == (3, 2)  # 50 and 50 ms off, 100 ms off
     assert compared.difference_s == pytest.approx(0.2)
     assert compared.reference_s == pytest.approx(0.9)
 
@@ -181,9 +179,8 @@ def test_whatever_a_recogniser_calls_a_word_counts_as_one(text):
 
 
 def test_nothing_heard_is_no_consistency_at_all():
-    assert duration_consistency(REFERENCE, []) is None
-    assert duration_consistency([], REFERENCE) is None
-    assert duration_consistency(REFERENCE, words(("cat", 0.0, 0.2))) is None
+    for others in ((REFERENCE, []), ([], REFERENCE), (REFERENCE, words(("cat", 0.0, 0.2)))):
+        assert compare_durations(*others).words == 0
 
 
 @pytest.mark.parametrize(
