@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from cosyvoice.utils.model_dir import ModelSizes
 from taste.batch import Example
 from taste.feature_store import open_features, open_units, stored_bytes
-from taste.read_ahead import read_ahead
 from taste.utterance_ids import common_ids
 
 # T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels
@@ -93,7 +92,7 @@ class UtteranceDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         example = self.without_speech(index)
-        if self.features.speech is None:
+        if not self.has_speech:
             return example
         final, mid = self.speech(example.utt_id)
         return example._replace(speech_final=final, speech_mid=mid)
@@ -110,8 +109,19 @@ class UtteranceDataset(Dataset[Example]):
         utt_id = self.selection.utt_ids[index]
         units = torch.tensor(self.features.units[utt_id])
         text_tokens, word_ids = (self._of_tokens(utt_id, name) if self.has_words else None for name in WORD_FIELDS)
-        text = self.features.text[utt_id].float()
+        text = self.text_embedding(utt_id)
         return Example(utt_id, text, None, None, self.speaker(utt_id), units, text_tokens, word_ids)
+
+    def text_embedding(self, utt_id: str) -> Tensor:
+        """The embeddings of an utterance's text tokens.
+
+        Args:
+            utt_id: its id.
+
+        Returns:
+            [T, D_text] float32.
+        """
+        return self.features.text[utt_id].float()
 
     def speech(self, utt_id: str) -> tuple[Tensor, Tensor]:
         """The Whisper features of an utterance.
@@ -123,10 +133,8 @@ class UtteranceDataset(Dataset[Example]):
             the last layer's and the middle layer's, both [A, D] float32.
         """
         frames = self.speech_frames(utt_id)
-        final, mid = (self.features.speech[utt_id][name][:frames] for name in ("final", "mid"))
-        for layer in (final, mid):
-            read_ahead(layer)
-        return final.float(), mid.float()
+        speech = self.features.speech[utt_id]
+        return speech["final"][:frames].float(), speech["mid"][:frames].float()
 
     @property
     def utt_ids(self) -> list[str]:
@@ -142,6 +150,11 @@ class UtteranceDataset(Dataset[Example]):
     def has_speakers(self) -> bool:
         """Whether each utterance has a speaker vector."""
         return self.features.info is not None
+
+    @property
+    def has_speech(self) -> bool:
+        """Whether each utterance has Whisper features."""
+        return self.features.speech is not None
 
     @property
     def has_words(self) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from taste.audio import read_audio
-from taste.batch import Example
 from taste.data import EXTRA_POSITIONS, FRAMES_PER_SECOND, Features, Selection, UtteranceDataset
 from taste.official import OfficialTaste, tokenize
 from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
@@ -67,26 +66,22 @@ class ReleasedDataset(UtteranceDataset):
         selection = Selection(list(dataset.utt_ids), lengths, with_words=True)
         return cls(taste, replace(dataset.features, speech=None, info=info), selection)
 
-    def __getitem__(self, index: int) -> Example:
-        example = self.without_speech(index)
-        final, mid = self.speech(example.utt_id)
-        return example._replace(speech_final=final, speech_mid=mid)
+    @property
+    def has_speech(self) -> bool:
+        """Whether each utterance has Whisper features: they are computed."""
+        return True
 
-    def without_speech(self, index: int) -> Example:
-        """An utterance without its Whisper features, which are not computed.
+    def text_embedding(self, utt_id: str) -> Tensor:
+        """The released model's own embeddings of its tokens of a text.
 
         Args:
-            index: its number.
+            utt_id: its id.
 
         Returns:
-            all else of it.
+            [T, D_text] float32.
         """
-        utt_id = self.utt_ids[index]
-        tokens, word_ids = (self._of_tokens(utt_id, name) for name in ("text_token", "word_id"))
         table = self.taste.model.llm.text_embedding.weight
-        text = table[tokens.to(table.device)].detach().cpu()
-        units = torch.tensor(self.features.units[utt_id])
-        return Example(utt_id, text, None, None, self.speaker(utt_id), units, tokens, word_ids)
+        return table[self._of_tokens(utt_id, "text_token").to(table.device)].detach().cpu()
 
     def speech(self, utt_id: str) -> tuple[Tensor, Tensor]:
         """Listen to the recording of an utterance.

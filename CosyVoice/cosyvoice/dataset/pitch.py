@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOWEST_HZ = 65.0
-HIGHEST_HZ = 600.0  # WORLD: 800, which here hears the demo corpus an octave off WORLD in .87 % of frames, not in .67 %
+HIGHEST_HZ = 600.0  # WORLD: 800, with which 45 of the demo corpus' 10,047 voiced frames are above 600 Hz, now 10
 PERIODS_PER_WINDOW = 3  # of LOWEST_HZ: 46 ms
 CANDIDATES = 8  # peaks a frame, beside "unvoiced"
 VOICING_THRESHOLD = 0.45  # an autocorrelation below this is noise
