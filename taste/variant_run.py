@@ -21,6 +21,7 @@ from taste.checkpoint import (
     disk_warning,
     load_checkpoint,
     save_checkpoint,
+    weights_fingerprint,
     write_json,
 )
 from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
@@ -423,7 +424,7 @@ def train(
     on_minute = board.update if board else lambda history: None
     trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch, on_minute)
     if checkpoint:
-        check_same_settings(settings, checkpoint.notes["settings"], checkpoint_path)
+        check_same_settings(settings, checkpoint.notes, checkpoint_path)
         trainer.resume(checkpoint)
         if checkpoint_path.resolve() != trainer.last_path.resolve():
             take_best(checkpoint, checkpoint_path, trainer.best_path, accelerator)
@@ -570,31 +571,43 @@ def whole_history(checkpoint_path: Path, known: list[dict[str, Any]]) -> list[di
     return history if history[: len(known)] == known else known
 
 
-def check_same_settings(settings: Settings, earlier: dict[str, Any], checkpoint_path: Path) -> None:
+def check_same_settings(settings: Settings, notes: dict[str, Any], checkpoint_path: Path) -> None:
     """Refuse to go on where that would mix two trainings.
 
     Args:
         settings: of this run.
-        earlier: those the checkpoint was written with; what it does not name did not exist then.
+        notes: the checkpoint's; a setting that it does not name did not exist when it was written.
         checkpoint_path: it.
 
     Raises:
         ValueError: a setting that decides the training differs (all are named).
     """
-    now = settings.to_dict()
+    now, earlier = settings.to_dict(), notes["settings"]
     names = DECIDES_TRAINING
     if "fusion" in PARTS.get(settings.variant, ()):
         names += tuple(field.name for field in fields(TasteSizes))
     changed = [
         f"{name.upper()} was {earlier[name]!r}, is {now[name]!r}"
         for name in names
-        if name in earlier and earlier[name] != now[name]
+        if name in earlier and earlier[name] != now[name] and not (name == "init_from" and _has_moved(settings, notes))
     ]
     if changed:
         raise ValueError(
             f"{checkpoint_path} was trained with other settings: {'; '.join(changed)}. Choose another --run-name to "
             "keep it, start anew over it with --resume never, or put the settings back to go on"
         )
+
+
+def _has_moved(settings: Settings, notes: dict[str, Any]) -> bool:
+    """Whether INIT_FROM names the weights that a run began with, where they lie now."""
+    start = notes.get("started_from")
+    if not (start and settings.init_from):
+        return False
+    try:
+        path = find_start(settings.init_from, Path(settings.exp_dir))
+    except FileNotFoundError:
+        return False
+    return weights_fingerprint(load_checkpoint(path).weights) == start["weights"]
 
 
 @contextmanager

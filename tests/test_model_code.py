@@ -551,6 +551,23 @@ def test_a_run_starts_from_another_goes_on_without_it_and_says_so(work, capsys, 
     assert "INIT_FROM was 'text_only', is None" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_where_the_run_it_began_with_has_moved(work, capsys):
+    for variant in ("text_only", "simple"):
+        start = str(work.folder / "exp" / "text_only") if variant == "simple" else None
+        assert work.run(variant=variant, run_name=variant, init_from=start, num_epochs=1) == 0
+    before = work.metrics("simple")["history"]
+    (work.folder / "exp").rename(work.folder / "archive")
+    moved = work.folder / "archive" / "text_only"
+    options = {"exp_dir": work.folder / "archive", "run_name": "simple", "num_epochs": 2}
+    assert work.run(**options, init_from=moved.with_name("simple")) == 1  # other weights
+    assert "INIT_FROM was" in capsys.readouterr().err
+    assert work.run(**options, init_from=moved.with_name("nowhere")) == 1
+    assert "INIT_FROM was" in capsys.readouterr().err
+    assert work.run(**options, init_from=moved) == 0
+    history = json.loads((work.folder / "archive" / "simple" / "metrics.json").read_text())["history"]
+    assert len(history) == 3 and history[:2] == before
+
+
 def test_a_checkpoint_can_be_evaluated_without_training(work):
     spoken = {**SPEAKING, "decode_wavs": 0}
     assert work.run(**spoken) == 0
