@@ -76,9 +76,9 @@ def measure_run(
     Args:
         run_folder: the run's folder.
         system: name of its model in tables.
-        model_dir: model folder, whose speaker encoder and Whisper judge.
+        model_dir: model folder, whose speaker encoder, Whisper and UTMOS judge.
         found: who listens; None looks for one.
-        device: where Whisper computes, if it is the one.
+        device: where Whisper, if it is the one, and UTMOS compute.
 
     Returns:
         for metrics.json: `measures` of `system`, `true_units` and `original`, `skipped` with reasons, `notes`.

@@ -1,7 +1,7 @@
 """How close a decoded sound comes to the recording: words, voice, spectrum, melody and the durations of words.
 
-The words are judged by `taste.asr`, the voice by the model folder's campplus.onnx, the rest by signal
-processing. Everything is computed at the sound's own rate, on the CPU.
+The words are judged by `taste.asr`, the voice by the model folder's campplus.onnx, how natural it is by
+`taste.naturalness`, the rest by signal processing at the sound's own rate, on the CPU.
 """
 
 import math
@@ -20,6 +20,7 @@ from torchaudio.functional import create_dct
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
 from taste.asr import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
+from taste.naturalness import find_utmos
 from taste.speaker import SpeakerEncoder
 from taste.threads import torch_threads_kept
 
@@ -226,16 +227,16 @@ def evaluate_sounds(
 
     A system that made no sound of an utterance misses all its words there and is compared in nothing else. Word error
     is over all words of the set, durations over all words compared, the other measures are means over utterances. The
-    recordings themselves are the system `original`, which has a word error only, and as all systems the number of
-    utterances with a sound long enough to be compared. Durations are compared of words that the recogniser hears in
-    both sounds; where it can look for the transcript, it times them by that.
+    recordings themselves are the system `original`, which has a word error and a naturalness only, and as all systems
+    the number of utterances with a sound long enough to be compared. Durations are compared of words that the
+    recogniser hears in both sounds; where it can look for the transcript, it times them by that.
 
     Args:
         rows: the utterances.
         rate_hz: of all sounds.
-        model_dir: model folder, whose speaker encoder (and Whisper, where it is whole) judge.
+        model_dir: model folder, whose speaker encoder (and Whisper, where it is whole, and UTMOS) judge.
         found: who listens; None looks for one.
-        device: where Whisper computes, if it is the one.
+        device: where Whisper, if it is the one, and UTMOS compute.
 
     Returns:
         the table; empty without utterances.
@@ -246,6 +247,9 @@ def evaluate_sounds(
     names = list(dict.fromkeys(name for row in rows for name in row.sounds))
     skipped: dict[str, str] = {}
     encoder = _speaker_encoder(Path(model_dir), skipped)
+    utmos, reason = find_utmos(model_dir, device)
+    if reason:
+        skipped["utmos"] = reason
     results = {name: _Collected() for name in ("original", *names)}
     notes = []
     if found.recogniser:
@@ -254,10 +258,14 @@ def evaluate_sounds(
         skipped |= dict.fromkeys((*_Collected.HEARD, *_Collected.TIMED), found.reason)
     least_samples = LEAST_SECONDS * rate_hz
     for row in rows:
-        results["original"].with_sound += row.original is not None and len(row.original) >= least_samples
-        for name, sound in row.sounds.items():
-            results[name].with_sound += len(sound) >= least_samples
-            if row.original is not None and len(sound) >= least_samples:
+        sounds = row.sounds if row.original is None else {"original": row.original, **row.sounds}
+        for name, sound in sounds.items():
+            if len(sound) < least_samples:
+                continue
+            results[name].with_sound += 1
+            if utmos:
+                results[name].opinions.append(utmos.score(sound, rate_hz))
+            if row.original is not None and name != "original":
                 _compare(row.original, sound, rate_hz, encoder, results[name])
     measures = {name: collected.measures(name == "original") for name, collected in results.items()}
     if any(row.original is not None for row in rows) and all(
@@ -284,14 +292,17 @@ class _Collected:
     durations: list[DurationMetrics] = field(default_factory=list)
     sounds: list[SoundMetrics] = field(default_factory=list)
     voices: list[float] = field(default_factory=list)
+    opinions: list[float] = field(default_factory=list)
 
-    def measures(self, only_words: bool) -> dict[str, float | None]:
+    def measures(self, of_recordings: bool) -> dict[str, float | None]:
         """The measures by name."""
         measures: dict[str, float | None] = {
             "utterances_with_sound": self.with_sound,
             "word_error": word_error(self.said, self.heard, self.languages),
         }
-        if only_words:
+        if self.opinions:
+            measures["utmos"] = _mean(self.opinions)
+        if of_recordings:
             return measures
         words = sum(own.words for own in self.durations)
         difference_s = sum(own.difference_s for own in self.durations)

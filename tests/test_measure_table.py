@@ -26,7 +26,7 @@ def test_what_sets_our_figures_apart_from_the_papers_is_said_below_them():
     assert "50 ms at most" in PAPER_NOTE and "less than 25 ms" in PAPER_NOTE
     assert "drops an utterance in which the numbers of heard words differ" in PAPER_NOTE
     assert "what a recogniser wrote down" in PAPER_NOTE and "ours speak the manifest's text" in PAPER_NOTE
-    assert "top-k of 10, for text only of 25" in PAPER_NOTE and "UTMOS (the paper's 4.18 of true units" in PAPER_NOTE
+    assert "top-k of 10, for text only of 25" in PAPER_NOTE and "UTMOS is measured where" in PAPER_NOTE
     assert "CAM++" in PAPER_NOTE and "CAM++" in MEASURES["speaker_similarity"].label
 
 
