@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from taste.atomic import atomic_path
+from taste.tensor_file import save_tensors
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "notes": json.dumps(checkpoint.notes),
     }
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path} ({error}); what was saved before is untouched. Free some space.") from error
+    save_tensors(path, content)
     write_json(path.with_suffix(".json"), checkpoint.notes)
 
 

@@ -4,13 +4,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import ModelDir, read_weights
-from taste.atomic import atomic_path
 from taste.checkpoint import weights_fingerprint
 from taste.model import PRETRAINED_PART, CosyVoiceS3Model
+from taste.tensor_file import save_tensors
 
 PARTS_FILE = "taste.pt"
 FAMILY = {"simple": "simple", "taste_novq": "taste", "taste": "taste"}  # the variants whose parts are the same modules
@@ -118,8 +117,7 @@ def write_parts(path: Path, models: Mapping[str, CosyVoiceS3Model]) -> None:
     unfit = [name for name, value in halves.items() if value.is_floating_point() and not value.isfinite().all()]
     if unfit:
         raise ValueError(f"{path}: {len(unfit)} tensors are not finite in float16, {unfit[0]} first; train again")
-    with atomic_path(path) as temporary:
-        torch.save(halves, temporary)
+    save_tensors(path, halves)
 
 
 def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from taste.data import UtteranceDataset
 from taste.measure_table import Measures, title_of, to_markdown
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
+from taste.tensor_file import save_tensors
 from taste.text import SPELLED_BY_CHARACTER
 from taste.words import word_spans
 
@@ -64,8 +65,7 @@ def note_shown(
             "attention": attention[index].half() if attention and tokens else None,
             "codes": codes[index].long() if codes and spans else None,
         }
-    with atomic_path(Path(run_folder) / SHOWN_FILE) as temporary:
-        torch.save(noted, temporary)
+    save_tensors(Path(run_folder) / SHOWN_FILE, noted)
 
 
 def measure_run(

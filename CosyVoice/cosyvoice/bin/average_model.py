@@ -25,9 +25,9 @@ from torch import Tensor
 _REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
 
-from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.model_dir import read_weights  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
+from taste.tensor_file import save_tensors  # noqa: E402
 
 DST_MODEL = None  # str: .pt file to write
 SRC_PATH = None  # str: folder of the training
@@ -173,7 +173,7 @@ def run(settings: Settings) -> None:
     chosen = choose(list_epochs(Path(settings.src_path)), settings.num, settings.val_best)
     for epoch in chosen:
         print(f"epoch {epoch.number}: loss {epoch.loss:.5f} ({epoch.weights})")
-    save_file(Path(settings.dst_model), average([epoch.weights for epoch in chosen]))
+    save_tensors(Path(settings.dst_model), average([epoch.weights for epoch in chosen]))
     print(f"wrote the mean of {len(chosen)} to {settings.dst_model}")
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, ModelInput
 from cosyvoice.cli.model import CosyVoiceModel, Speech
 from cosyvoice.utils.config import ConfigError, load_config
-from cosyvoice.utils.file_utils import save_atomically
 from cosyvoice.utils.model_dir import (
     CONFIG_FILE,
     SPEAKER_MODEL_FILE,
@@ -22,6 +21,7 @@ from cosyvoice.utils.model_dir import (
     ModelDir,
     load_part,
 )
+from taste.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class CosyVoice:
             name: {key: value.cpu() for key, value in speaker.items()}
             for name, speaker in self.frontend.spk2info.items()
         }
-        save_atomically(speakers, Path(self.model_dir) / SPEAKERS_FILE)
+        save_tensors(Path(self.model_dir) / SPEAKERS_FILE, speakers)
 
     def inference_sft(
         self, tts_text: str, spk_id: str, stream: bool = False, speed: float = 1.0, text_frontend: bool = True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cosyvoice.utils.config import Call
 from cosyvoice.utils.model_dir import load_state, read_weights
 from taste.atomic import atomic_path, remove_leftovers
+from taste.tensor_file import save_tensors
 
 STATE_FILE = "state.pt"  # in model_dir/last
 NOTES_FILE = "state.json"  # the readable part of it
@@ -92,26 +93,9 @@ def save_state(folder: Path, state: Mapping[str, Any], notes: Mapping[str, Any])
         OSError: the disk is full, say; the state that stood there is untouched.
     """
     text = json.dumps(notes, indent=2, ensure_ascii=False)
-    save_file(folder / STATE_FILE, {**state, "notes": text})
+    save_tensors(folder / STATE_FILE, {**state, "notes": text})
     with atomic_path(folder / NOTES_FILE) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def save_file(path: Path, content: Any) -> None:
-    """Write a `.pt` file atomically.
-
-    Args:
-        path: the file.
-        content: tensors and plain values.
-
-    Raises:
-        OSError: it cannot be written; what stood there is untouched.
-    """
-    try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"cannot write {path} ({error}); what was saved before is untouched. Free some space") from error
 
 
 def load_state_file(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

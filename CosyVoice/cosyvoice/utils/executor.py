@@ -21,7 +21,6 @@ from cosyvoice.utils.checkpoint import (
     flat_settings,
     random_states,
     restore_random_states,
-    save_file,
     save_state,
     some,
 )
@@ -30,6 +29,7 @@ from cosyvoice.utils.muon import group_settings
 from cosyvoice.utils.scheduler import StepSchedule, WarmupCosine
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog, shown_time
 from taste.atomic import atomic_path
+from taste.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -480,9 +480,9 @@ class Executor:
             averaged: the same of the running average, which is written as `<name>_ema.pt`.
         """
         if self.accelerator.is_main_process:
-            save_file(self.model_dir / f"{name}.pt", _on_cpu(self.model.state_dict()))
+            save_tensors(self.model_dir / f"{name}.pt", _on_cpu(self.model.state_dict()))
             if averaged:
-                save_file(self.model_dir / f"{name}_ema.pt", _on_cpu(self.ema.weights))
+                save_tensors(self.model_dir / f"{name}_ema.pt", _on_cpu(self.ema.weights))
             info = {
                 **self.notes["train_conf"],
                 "tag": CV_TAG,

@@ -1,10 +1,8 @@
-"""Reads recordings and writes files without ever leaving half of one behind."""
+"""Reads recordings."""
 
 import logging  # noqa: F401 - scripts for the published code import it from here
-import os
-import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -50,24 +48,3 @@ def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = MIN_SAMPL
     if sample_rate_hz < min_sr:
         raise ValueError(f"{wav} has {sample_rate_hz} Hz; prompts need at least {min_sr} Hz")
     return torchaudio.functional.resample(waveform, *resampling_rates(sample_rate_hz, target_sr))
-
-
-def save_atomically(value: Any, path: str | Path) -> None:
-    """Write a value with `torch.save` so that readers see the old file or the new one, never a part.
-
-    Args:
-        value: tensors, in containers or bare.
-        path: file to write; its folder must exist.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0o600 would hide a shared model folder's file from other users
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

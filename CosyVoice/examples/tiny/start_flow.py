@@ -29,12 +29,12 @@ from resumable import run_to_the_end  # noqa: E402
 from start_llm import spread_codes  # noqa: E402
 
 from cosyvoice.flow.flow import MaskedDiffWithXvec  # noqa: E402
-from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
 from taste.s3_units import load_s3_tokenizer  # noqa: E402
 from taste.settings import Settings, parse_settings  # noqa: E402
+from taste.tensor_file import save_tensors  # noqa: E402
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; flow_start/ is made in it
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the flow, and its mel
@@ -75,7 +75,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     begin(flow, codes, mean)
     if stop_requested():
         return False
-    save_file(folder / "flow.pt", flow.state_dict())
+    save_tensors(folder / "flow.pt", flow.state_dict())
     print(f"wrote {folder / 'flow.pt'}: mel bands begin at {mean.min():.2f} to {mean.max():.2f}")
     return True
 

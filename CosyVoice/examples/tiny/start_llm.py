@@ -38,12 +38,12 @@ from resumable import learning_rate, run_to_the_end  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
 from taste.s3_units import load_s3_tokenizer  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.tensor_file import save_tensors  # noqa: E402
 
 # B texts   T text tokens   H phones of a token   D channels of the language model
 
@@ -104,7 +104,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     if not teach(settings, model, reader, texts["train"], stop_requested):
         return False
     metrics = {"texts": len(texts["train"]), **measure(model, reader, texts["dev"])}
-    save_file(folder / "llm.pt", {name: value.detach().cpu() for name, value in model.state_dict().items()})
+    save_tensors(folder / "llm.pt", {name: value.detach().cpu() for name, value in model.state_dict().items()})
     with atomic_path(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(metrics, indent=2))

@@ -43,7 +43,6 @@ from unit_codes import unit_codes  # noqa: E402
 from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
 
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.config import load_config  # noqa: E402
 from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
@@ -52,6 +51,7 @@ from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.linear_fits import ridge  # noqa: E402
 from taste.provenance import file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.tensor_file import save_tensors  # noqa: E402
 
 # B batch   T text tokens   S S3 units, 50 Hz
 
@@ -166,7 +166,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     )
     teaching.go_on()
     settings.save(folder / "settings.json")
-    save_file(folder / WORDS_FILE, learned.describe() | measured.describe())
+    save_tensors(folder / WORDS_FILE, learned.describe() | measured.describe())
     return teaching.until_the_end(stop_requested)
 
 
@@ -466,9 +466,9 @@ class Teaching(LongTraining):
         self.lines.draw("a language model learns to read")
         save_checkpoint(self.folder / "state.pt", self.epoch, self._parts(), self._deciding())
         weights = {name: value.detach().cpu() for name, value in self.lessons.llm.state_dict().items()}
-        save_file(self.folder / "llm.pt", weights)
+        save_tensors(self.folder / "llm.pt", weights)
         sounds = {name: value.detach().cpu() for name, value in self.lessons.word_sounds.state_dict().items()}
-        save_file(self.folder / SOUNDS_FILE, sounds)
+        save_tensors(self.folder / SOUNDS_FILE, sounds)
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.lessons, "optimizer": self.optimizer, "progress": self}

@@ -41,7 +41,6 @@ from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_en
 
 import model_code  # noqa: E402
 from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.checkpoint import save_file  # noqa: E402
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_torch_file, read_weights, sizes  # noqa: E402
 from cosyvoice.utils.train_utils import load_model  # noqa: E402
 from taste.atomic import atomic_path  # noqa: E402
@@ -54,6 +53,7 @@ from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.tensor_file import save_tensors  # noqa: E402
 from taste.train_state import Progress, StepRecord  # noqa: E402
 
 # B batch   S S3 units, 50 Hz
@@ -509,7 +509,8 @@ class JointTraining(LongTraining):
             self.log(self.share())
         out = self.settings.out
         save_checkpoint(self.state_path, self.epoch, self._parts(), self._deciding())
-        save_file(out / "llm.pt", {name: value.detach().cpu() for name, value in self.joint.llm.state_dict().items()})
+        weights = self.joint.llm.state_dict()
+        save_tensors(out / "llm.pt", {name: value.detach().cpu() for name, value in weights.items()})
         ready = {name: model for name, model in self.joint.models.items() if name != "taste" or self.codebooks_started}
         write_parts(out / PARTS_FILE, ready)
         print(f"saved {out}/llm.pt and {PARTS_FILE} after {self.step} steps", flush=True)
