@@ -12,6 +12,7 @@ from taste.asr import import_listener, resampled
 # N samples
 WEIGHTS_FILE = "utmos_state_dict.pt"  # of the strong learner, as Blinorot/UTMOS-PyTorch on Hugging Face has it
 INSTALL_UTMOS = "pip install 'utmos-pytorch>=0.1,<0.2'"
+FETCH_WEIGHTS = f"hf download Blinorot/UTMOS-PyTorch {WEIGHTS_FILE} --local-dir"
 
 
 class FoundUtmos(NamedTuple):
@@ -38,12 +39,16 @@ class Utmos:
         package = import_listener("utmos_pytorch.utmos_torch", INSTALL_UTMOS)
         with torch.device("meta"):
             wanted = {name: value.shape for name, value in package.UTMOSModel().state_dict().items()}
-        found = {name: value.shape for name, value in read_torch_file(weights_path).items()}
+        remedy = f"Fetch it again: {FETCH_WEIGHTS} {weights_path.parent}"
+        try:
+            found = {name: value.shape for name, value in read_torch_file(weights_path).items()}
+        except ValueError as error:  # its advice is for the model folder's own files
+            raise ValueError(f"{weights_path} is truncated, damaged, or holds more than tensors. {remedy}") from error
         # the package itself leaves random what it does not find; what else wav2vec 2.0 has may be in the file
         if lacking := [name for name in wanted if found.get(name) != wanted[name]]:
             raise ValueError(
                 f"{weights_path} is not of utmos-pytorch's model: {len(lacking)} of its {len(wanted)} weights are not "
-                f"there in their shape, {lacking[0]} first"
+                f"there in their shape, {lacking[0]} first. {remedy}"
             )
         self._model = package.UTMOSScoreTorch(str(weights_path), device)
         self._device = device

@@ -68,7 +68,8 @@ def test_other_weights_are_refused(folder, tmp_path, change):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated" if change == "truncated" else "are not there in their shape"):
         Utmos(path)
-    assert find_utmos(tmp_path).reason.startswith("skipped: ")
+    reason = find_utmos(tmp_path).reason
+    assert reason.startswith("skipped: ") and reason.endswith(f"{WEIGHTS_FILE} --local-dir {tmp_path}")
 
 
 def test_weights_without_the_package_name_the_command(folder, monkeypatch):
