@@ -8,7 +8,7 @@ PYTHON := $(strip $(PYTHON))
 VENV := $(strip $(VENV))
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast lint format check clean
+.PHONY: help setup demo test test-fast lint format constraints check clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -16,14 +16,14 @@ help:  ## show this list
 
 setup: $(VENV)/.installed  ## create .venv and install what the scripts need (about 2 minutes, 5.4 GB)
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and f"Python 3.10-3.13 is needed, {sys.version.split()[0]} was found: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 demo: setup  ## run all four stages on the embedded model and corpus (about 3 minutes on 2 cores)
@@ -49,6 +49,11 @@ lint: $(VENV)/.installed-dev  ## check the code's rules and format
 format: $(VENV)/.installed-dev  ## put the code in its format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+constraints: $(VENV)/.installed-dev  ## look for newer releases of everything and pin them in constraints.txt (then: make test)
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
+	{ sed -n '/^#/p;/^[^#]/q' constraints.txt; sed '/^-/d' requirements.txt requirements-dev.txt | $(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate -; } > constraints.new
+	mv constraints.new constraints.txt
 
 check: test lint  ## what the continuous integration runs, without the demo
 
