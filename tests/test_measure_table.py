@@ -27,6 +27,7 @@ def test_what_sets_our_figures_apart_from_the_papers_is_said_below_them():
     assert "drops an utterance in which the numbers of heard words differ" in PAPER_NOTE
     assert "what a recogniser wrote down" in PAPER_NOTE and "ours speak the manifest's text" in PAPER_NOTE
     assert "top-k of 10, for text only of 25" in PAPER_NOTE and "UTMOS is measured where" in PAPER_NOTE
+    assert "the paper: 4.18 of true units, 4.31 of text only, 4.29 of TASTE" in PAPER_NOTE
     assert "CAM++" in PAPER_NOTE and "CAM++" in MEASURES["speaker_similarity"].label
 
 

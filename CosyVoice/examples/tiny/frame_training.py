@@ -6,18 +6,15 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import torch
-from resumable import LongTraining
-from torch import Tensor
+from resumable import LoggedTraining
 from whisper_batches import Batch, Example, Plan, collate, plan_batches
 
 from taste.settings import Settings
 
-_SAY_EVERY = 100  # steps
 _MEASURED_FRAMES = 10_000  # of a batch that is measured
 
 
-class FrameTraining(LongTraining):
+class FrameTraining(LoggedTraining):
     """A training on rows of recordings, as far as it has come.
 
     Args:
@@ -37,41 +34,8 @@ class FrameTraining(LongTraining):
             draw = random.Random(f"{settings.seed}/{epoch}")  # an epoch does not depend on earlier ones
             return plan_batches(lengths, settings.frames_per_batch, settings.joined_share, draw)
 
-        super().__init__(settings, plan)
-        self.learned, self.measured, self.plan, self.quantities = learned, measured, plan, quantities
-        self.unlogged: list[Tensor] = []  # of the steps since the last line
-
-    def log(self, share: float) -> None:
-        """Print the means of the steps since the last line, every hundred steps.
-
-        Args:
-            share: how much of the training is done, from 0 to 1.
-
-        Raises:
-            ValueError: a loss is no number.
-        """
-        if self.step % _SAY_EVERY == 0 and self.unlogged:
-            speed = self.step / max(self.seconds, 1e-9)
-            shown = self.shown(self.means())
-            print(
-                f"step {self.step}  {share:.0%}  {self.passes():.1f} passes  {speed:.1f} steps/s  {shown}", flush=True
-            )
-
-    def means(self) -> Tensor:
-        """What the steps since the last call gave; nothing may be saved before it was asked for.
-
-        Raises:
-            ValueError: a loss is no number.
-        """
-        means = torch.stack(self.unlogged).mean(dim=0).cpu()
-        if not means.isfinite().all():
-            raise ValueError(f"no finite loss in the steps up to {self.step}: {self.shown(means)}; lower LR")
-        self.unlogged = []
-        return means
-
-    def shown(self, means: Tensor) -> str:
-        """The quantities by name."""
-        return "  ".join(f"{name} {value:.3f}" for name, value in zip(self.quantities, means.tolist(), strict=True))
+        super().__init__(settings, plan, quantities)
+        self.learned, self.measured, self.plan = learned, measured, plan
 
     def measured_batches(self) -> Iterator[Batch]:
         """The utterances to measure, as they are."""

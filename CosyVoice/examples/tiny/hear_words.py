@@ -37,7 +37,7 @@ import train_taste  # noqa: E402
 from corpus_reader import read_split  # noqa: E402
 from joint_taste import JointModel  # noqa: E402
 from packed_features import PackedFeatures  # noqa: E402
-from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from resumable import LoggedTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
 from sharpen_whisper import comparing  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from train_whisper import recording_mel, write_whisper  # noqa: E402
@@ -84,7 +84,6 @@ DEVICE = "auto"  # auto, cpu, cuda
 
 _VARIANT = "taste_novq"
 _COMPARED = 200  # utterances by whose states distances are measured
-_LOGGED = 100  # steps between two lines
 _DECIDES_TRAINING = (
     *("llm", "parts", "train", "batch_units", "whisper_lr", "aggregator_lr", "branch_lr", "weight_decay", "grad_clip"),
     *("keep_weight", "sampled_frames", "clean_share", "dtype", "seed"),
@@ -138,7 +137,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     train_taste.go_on_with(joint, settings)
     joint.to(device).requires_grad_(False)
     whisper.to(device)
-    sets = [Heard(settings.corpus, part, device) for part in ([*learned], [measured])]
+    sets = [Heard(settings.corpus, part, device) for part in (learned, [measured])]
     training = Hearing(settings, joint, whisper, *sets, dtype)
     training.go_on()
     settings.save(folder / "settings.json")
@@ -192,7 +191,7 @@ class Heard:
         return torch.stack(rows)
 
 
-class Hearing(LongTraining):
+class Hearing(LoggedTraining):
     """The training as far as it has come.
 
     Args:
@@ -214,7 +213,9 @@ class Hearing(LongTraining):
         dtype: torch.dtype,
     ) -> None:
         features = learned.features
-        super().__init__(settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch))
+        super().__init__(
+            settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch), Costs._fields
+        )
         self.joint, self.whisper, self.encoder, self.dtype = joint.eval(), whisper, whisper.model.encoder, dtype
         self.learned, self.measured, self.device = learned, measured, features.device
         model = joint.models[_VARIANT]
@@ -230,7 +231,6 @@ class Hearing(LongTraining):
         self.scale = comparing(torch.cat(states).cpu()).to(self.device)
         self.deciding = {name: settings.to_dict()[name] for name in _DECIDES_TRAINING}
         self.deciding |= {"whisper": file_digest(settings.model_dir / "whisper" / "model.safetensors")}
-        self.unlogged: list[Tensor] = []  # costs of the steps since the last line
         self.measured_as: dict[str, float] = {}
 
     def go_on(self) -> None:
@@ -298,29 +298,6 @@ class Hearing(LongTraining):
         )
         self.measured_as = {name: round(value, 4) for name, value in found.items()}
 
-    def log(self, share: float) -> None:
-        """Print the means of the steps since the last line, every hundred steps.
-
-        Args:
-            share: how much of the training is done, from 0 to 1.
-
-        Raises:
-            ValueError: a loss is no number.
-        """
-        if self.step % _LOGGED == 0:
-            costs = self._means()
-            speed = self.step / max(self.seconds, 1e-9)
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in zip(Costs._fields, costs, strict=True))
-            print(f"step {self.step}  {share:.0%}  {speed:.2f} steps/s  {shown}", flush=True)
-
-    def _means(self) -> list[float]:
-        """Costs of the steps since the last call; nothing may be saved before it was asked for."""
-        means = torch.stack(self.unlogged).mean(dim=0)
-        if not means.isfinite().all():
-            raise ValueError(f"no finite loss in the steps up to {self.step}: {means.tolist()}; lower the rates")
-        self.unlogged = []
-        return means.tolist()
-
     def save(self) -> None:
         """Write what the training depends on, and what it has come to.
 
@@ -328,7 +305,7 @@ class Hearing(LongTraining):
             ValueError: a loss is no number; nothing is written.
         """
         if self.unlogged:
-            self._means()
+            self.means()  # nothing is saved after a loss that is no number
         out = self.settings.out
         save_checkpoint(out / "last.pt", self.epoch, self._parts(), self.deciding)
         write_whisper(self.whisper, out)

@@ -6,12 +6,13 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from taste.atomic import atomic_path
 from taste.interrupt import StopRequest
@@ -19,6 +20,7 @@ from taste.settings import Settings
 
 WARMUP_SHARE = 0.1  # of all steps
 LOG_EVERY = 20  # steps; a GPU is waited for no more often
+_SAY_EVERY = 100  # steps, of a `LoggedTraining`
 _SCHEDULE = 10_000  # parts that the schedule of a `LongTraining` is cut into
 
 
@@ -251,3 +253,50 @@ class LongTraining(ABC):
     def _measure_now(self) -> None:
         self.measured_at = self.step
         self.measure()
+
+
+class LoggedTraining(LongTraining):
+    """A training that prints the means of what its steps give.
+
+    Args:
+        settings: those of `LongTraining`.
+        cut: as for `LongTraining`.
+        quantities: names of what a step gives, in order.
+    """
+
+    def __init__(self, settings: Settings, cut: Callable[[int], list[Any]], quantities: Sequence[str]) -> None:
+        super().__init__(settings, cut)
+        self.quantities = quantities
+        self.unlogged: list[Tensor] = []  # of the steps since the last line
+
+    def log(self, share: float) -> None:
+        """Print the means of the steps since the last line, every hundred steps.
+
+        Args:
+            share: how much of the training is done, from 0 to 1.
+
+        Raises:
+            ValueError: a loss is no number.
+        """
+        if self.step % _SAY_EVERY == 0 and self.unlogged:
+            speed = self.step / max(self.seconds, 1e-9)
+            shown = self.shown(self.means())
+            print(
+                f"step {self.step}  {share:.0%}  {self.passes():.1f} passes  {speed:.1f} steps/s  {shown}", flush=True
+            )
+
+    def means(self) -> Tensor:
+        """What the steps since the last call gave; nothing may be saved before it was asked for.
+
+        Raises:
+            ValueError: a loss is no number.
+        """
+        means = torch.stack(self.unlogged).mean(dim=0).cpu()
+        if not means.isfinite().all():
+            raise ValueError(f"no finite loss in the steps up to {self.step}: {self.shown(means)}; lower LR")
+        self.unlogged = []
+        return means
+
+    def shown(self, means: Tensor) -> str:
+        """The quantities by name."""
+        return "  ".join(f"{name} {value:.3f}" for name, value in zip(self.quantities, means.tolist(), strict=True))
