@@ -30,6 +30,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_C
 import torch
 
 import taste  # noqa: F401 -- makes cosyvoice importable
+from cosyvoice.utils.model_dir import sizes
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.comparison import compare_variants
 from taste.extraction import SOME_FAILED_EXIT_CODE
@@ -39,8 +41,8 @@ from taste.output_lock import OutputBusyError
 from taste.released_run import evaluate_released
 from taste.samples import sampling_of
 from taste.settings import Settings, describe_device, parse_settings, pick_device
+from taste.size_defaults import with_defaults
 from taste.tokenizer_run import decode_folder, encode_manifest
-from taste.training import NonFiniteLossError, RunStopped
 from taste.variant_run import run_folder_of, run_variant
 
 __all__ = ["CosyVoiceS3Model", "SimpleTextSpeechAggregator", "main"]
@@ -71,11 +73,12 @@ FREEZE_LLM = False  # True: only the new modules learn; False: everything from t
 LORA_RANK = 0  # above 0: adapters of this rank learn in the frozen language model (FREEZE_LLM; needs peft)
 USE_SPEAKER = True  # give the LM the speaker's vector
 NUM_EPOCHS = 20  # passes over the training set; 0: train nothing, evaluate and generate only
-BATCH_SIZE = 8  # utterances a process looks at together; 4 for 300M on a GPU with 24 GB
-ACCUMULATION_STEPS = 1  # batches that make one step of the optimizer; 16 for 300M
-LR = 3e-5  # peak learning rate of what the model folder holds, where it learns; for 300M 2e-5
-NEW_MODULES_LR = 3e-3  # peak learning rate of all other modules, which text_only has none of; for 300M 1e-4
-WARMUP_STEPS = 10  # steps until the peak; 200 for 300M
+# None takes what suits the model's size: the first value for CosyVoice-tiny, the second for 300M
+BATCH_SIZE = None  # int: utterances a process looks at together; 8, 4 (on a GPU with 24 GB)
+ACCUMULATION_STEPS = None  # int: batches that make one step of the optimizer; 1, 16
+LR = None  # float: peak learning rate of what the model folder holds, where it learns; 3e-5, 2e-5
+NEW_MODULES_LR = None  # float: peak learning rate of all other modules, which text_only has none of; 3e-3, 1e-4
+WARMUP_STEPS = None  # int: steps until the peak; 10, 200
 WEIGHT_DECAY = 0.01  # AdamW's, on matrices only
 GRAD_CLIP = 1.0  # largest norm of a step's gradient
 SEED = 0  # of the new modules' weights, the order of the data, dropout, and sampling
@@ -87,18 +90,18 @@ CHECKPOINT_MINUTES = 10.0  # minutes between checkpoints within an epoch, the mo
 
 # --- sizes of what taste_novq and taste have beside the language model -----------
 AGGREGATOR_LAYERS = 2  # cross-attention layers that gather the speech of each text token
-AGGREGATOR_HEADS = 4  # their heads; they divide the width of the Whisper features; 20 for Whisper-large-v3
+AGGREGATOR_HEADS = None  # int: their heads, which divide the width of the Whisper features; none: 4, for 300M 20
 AGGREGATOR_FROM_WHISPER = False  # start them from Whisper's own decoder (WHISPER_DIR), where it has one of that size
 FREEZE_AGGREGATOR_BOTTOM = False  # with that: its embeddings and first layer stay Whisper's, as in the published code
 AUDIO_LAYERS = 2  # conformer blocks that encode the speech of the words
-AUDIO_HEADS = 4  # their heads; 8 for 300M
-AUDIO_FFN_DIM = 512  # width of their feed-forward networks; 2048 for 300M
+AUDIO_HEADS = None  # int: their heads; none: 4, for 300M 8
+AUDIO_FFN_DIM = None  # int: width of their feed-forward networks; none: 512, for 300M 2048
 AUDIO_DROPOUT = 0.1  # in them
 FUSION = "weighted_sum"  # of text and speech: weighted_sum, sum, concat, concat_with_sep
 FUSION_INIT = "balance"  # of the weighted sum: balance, or zero_audio: nearly deaf at first
 NUM_QUANTIZERS = 4  # codes of a word
 CODEBOOK_SIZE = 512  # different codes of each
-CODEBOOK_DIM = 64  # channels in which they are compared; 256 for 300M
+CODEBOOK_DIM = None  # int: channels in which they are compared; none: 64, for 300M 256
 QUANTIZE_DROPOUT = True  # in training use only the first of the codebooks now and then
 
 # --- MODE encode and decode ---------------------------------------------------
@@ -184,6 +187,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> int:
         return 0
     if settings.mode != "train":
         raise ValueError(f"MODE is {settings.mode!r}; expected train, encode or decode")
+    settings = with_defaults(settings, sizes(settings.cosyvoice_model_dir))
     # precision and accumulation are the training loop's, whatever a launcher's configuration says
     once = GradientAccumulationPlugin(num_steps=1)
     # the others wait while the main process lets the model speak and measures what it says, which may take an hour

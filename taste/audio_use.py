@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosyvoice.utils.stops import RunStopped
 from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
@@ -15,7 +16,6 @@ from taste.progress_bar import progress_bar
 from taste.provenance import noted_models
 from taste.scoring import evaluate, sum_over_processes
 from taste.settings import Settings
-from taste.training import RunStopped
 from taste.words import word_spans
 
 if TYPE_CHECKING:

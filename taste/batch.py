@@ -27,6 +27,12 @@ class Example(NamedTuple):
     text_tokens: Tensor | None = None  # [T] int64; None where the features came without
     word_ids: Tensor | None = None  # [T] int64, the word's number of each token; None likewise
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all features are numbers."""
+        parts = (self.text, self.speech_final, self.speech_mid, self.speaker)
+        return all(bool(part.isfinite().all()) for part in parts if part is not None)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -67,6 +73,13 @@ class Batch:
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+
+    @property
+    def finite_rows(self) -> Tensor:
+        """In which rows all features are numbers, [B] bool; padding is."""
+        parts = [self.text, self.speech_final, self.speech_mid, self.speaker]
+        finite = [part.isfinite().flatten(1).all(dim=1) for part in parts if part is not None]
+        return torch.stack(finite).all(dim=0)
 
     @property
     def target_count(self) -> int:

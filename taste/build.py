@@ -15,7 +15,6 @@ from taste.audio_branch import AudioBranch
 from taste.fusion import build_fusion
 from taste.model import PARTS, VARIANTS, CosyVoiceS3Model
 from taste.quantizer import WordQuantizer
-from taste.settings import Settings
 from taste.taste_aggregator import TasteAggregator, start_from_whisper
 
 
@@ -36,18 +35,6 @@ class TasteSizes:
     codebook_size: int = 512
     codebook_dim: int = 256
     quantize_dropout: bool = True
-
-    @classmethod
-    def of(cls, settings: Settings) -> "TasteSizes":
-        """The sizes that a script's settings name.
-
-        Args:
-            settings: with a setting for each field.
-
-        Returns:
-            the sizes.
-        """
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TasteSizes":

@@ -37,7 +37,8 @@ def compare_variants(
 
     Raises:
         RunStopped: it was asked to stop.
-        ValueError: settings that decide for one variant only, or what a run raises.
+        ValueError: settings that decide for one variant only, stages that would no longer come from each other, or what
+            a run raises.
         OSError: what a run raises.
     """
     if settings.init_from or settings.resume not in ("auto", "never"):
@@ -46,6 +47,8 @@ def compare_variants(
             "unset, and RESUME auto or never"
         )
     folder = run_folder_of(settings)
+    if settings.staged_training and settings.resume == "auto":
+        check_stages(folder, settings.num_epochs)
     results = {}
     for variant in VARIANTS:
         if accelerator.is_main_process:
@@ -66,6 +69,29 @@ def compare_variants(
         results[variant] = found
     if accelerator.is_main_process:
         write_comparison(folder, results, settings.to_dict())
+
+
+def check_stages(folder: Path, num_epochs: int) -> None:
+    """Refuse to train a variant further whose weights another one has begun with.
+
+    Args:
+        folder: of the comparison.
+        num_epochs: to train each variant.
+
+    Raises:
+        ValueError: the later variant would go on from weights that are no longer the earlier one's.
+    """
+    for later, earlier in STAGES.items():
+        begun, notes_path = (folder / variant / "checkpoints" / "last.json" for variant in (later, earlier))
+        if not (begun.is_file() and notes_path.is_file()):
+            continue
+        epochs = json.loads(notes_path.read_text(encoding="utf-8"))["progress"]["epoch"]
+        if epochs < num_epochs:
+            raise ValueError(
+                f"NUM_EPOCHS is {num_epochs}, and {later} has begun with the weights that {earlier} had after {epochs} "
+                f"epochs: put NUM_EPOCHS back to {epochs} to go on; or compare anew, in another folder (--run-name "
+                "<another>) or over this one (--resume never)"
+            )
 
 
 def finished_before(settings: Settings) -> dict[str, Any] | None:

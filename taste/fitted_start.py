@@ -68,10 +68,15 @@ def fit_new_parts(
         of an aggregator that came from Whisper and is left as it is; of `simple` text_explained (share of the text
         encoder's variance that the projection gives); of `taste` code_usage (share of each codebook that these words
         use).
+
+    Raises:
+        ValueError: no utterance is fit for it.
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
     assert wanted, "only a model with an aggregator has new modules"
-    examples = [dataset[index] for index in spread_evenly(len(dataset), MOST_UTTERANCES)]
+    examples = list(_sound(dataset, MOST_UTTERANCES))
+    if not examples:
+        raise ValueError("no utterance that the new modules could be fitted to has features that are numbers")
     notes: dict[str, Any] = {"utterances": len(examples)}
     if model.variant == "simple":
         notes["text_explained"] = _fit_text_path(model, examples)
@@ -83,9 +88,18 @@ def fit_new_parts(
     if "audio_branch" in wanted:
         quiet_branch(model, examples, SPEECH_GAIN)
     if "quantizer" in wanted:
-        looked_at = spread_evenly(len(dataset), QUANTIZER_UTTERANCES)
-        notes["code_usage"] = start_quantizer(model, (dataset[index] for index in looked_at))
+        notes["code_usage"] = start_quantizer(model, _sound(dataset, QUANTIZER_UTTERANCES))
     return notes
+
+
+def _sound(dataset: UtteranceDataset, most: int) -> Iterator[Example]:
+    """Utterances from all of a data set, without those whose features are no numbers, which are named."""
+    for index in spread_evenly(len(dataset), most):
+        example = dataset[index]
+        if example.is_finite:
+            yield example
+        else:
+            print(f"warning: {example.utt_id} has features that are no numbers; nothing is fitted to it")
 
 
 def _of_attention(found: Agreement) -> dict[str, float]:

@@ -96,6 +96,7 @@ def write_report(
     measures: Measures,
     rate_hz: int,
     utterances: Sequence[ReportUtterance] = (),
+    utterances_in_all: int | None = None,
     skipped: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
@@ -112,6 +113,7 @@ def write_report(
         measures: of each system, as `taste.measure_table` writes them.
         rate_hz: of all sounds.
         utterances: what to hear and see; none is said in the page.
+        utterances_in_all: how many there were to choose them from; None: no more than these.
         skipped: why a measure is missing.
         notes: below the table.
 
@@ -135,6 +137,7 @@ def write_report(
         paper_mark=PAPER_MARK,
         paper_note=PAPER_NOTE,
         utterances=[_view(utterance, rate_hz) for utterance in utterances],
+        utterances_in_all=max(len(utterances), utterances_in_all or 0),
     )
     path = Path(run_folder) / REPORT_FILE
     with atomic_path(path) as temporary:

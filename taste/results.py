@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cosyvoice.utils.stops import leave_if_asked
 from taste.audio import AudioError, read_audio, write_wav
 from taste.batch import collate
 from taste.checkpoint import write_json
@@ -19,10 +20,10 @@ from taste.plots import plot_alignment, plot_mels, plot_units
 from taste.progress_bar import progress_bar
 from taste.scoring import feature_loader
 from taste.synthesis import LEAST_UNITS, UnitDecoder
-from taste.training import RunStopped
 
 SHOWN_UNITS = 24
 SHOWN_UTTERANCES = 3
+STOPPED = "stopped before all results were shown; what was trained is saved"
 
 
 def generate_units(
@@ -55,7 +56,7 @@ def generate_units(
     start = time.perf_counter()
     shown = progress_bar(batches, "generating", "batches")
     for indices, batch in zip(shown, feature_loader(dataset, batches), strict=True):
-        _leave_if_asked(stop_requested)
+        leave_if_asked(stop_requested, STOPPED)
         made = generate(model, batch.to(device), sampling)
         for index, row_units, row_ended in zip(indices, made.units, made.ended, strict=True):
             units[index], ended[index] = row_units, row_ended
@@ -123,7 +124,7 @@ def decode_units(
     """
     written, too_short = [], []
     for index, utt_id in enumerate(progress_bar(dataset.utt_ids, "decoding", "utterances")):
-        _leave_if_asked(stop_requested)
+        leave_if_asked(stop_requested, STOPPED)
         sounds: dict[str, tuple[str, torch.Tensor]] = {}  # ending of the file's name -> title, waveform
         original = read_original(decoder, dataset.info(utt_id).get("audio_path"))
         if original is not None:
@@ -315,8 +316,3 @@ def summary(results: dict[str, Any], run_folder: Path) -> str:
 def _title(dataset: UtteranceDataset, utt_id: str) -> str:
     """What a picture of an utterance is headed with."""
     return f"{utt_id}: {dataset.info(utt_id).get('text', '')}"
-
-
-def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
-    if stop_requested():
-        raise RunStopped("stopped before all results were shown; what was trained is saved")

@@ -7,7 +7,7 @@ shown.pt, which `note_shown` writes: what only the model knows of the utterances
 import json
 import statistics
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
 from taste.asr import Found, find_aligner, normalise
 from taste.atomic import atomic_path
 from taste.audio import AudioError, read_audio
-from taste.data import UtteranceDataset
+from taste.data import UtteranceDataset, spread_evenly
 from taste.measure_table import Measures, title_of, to_markdown
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
@@ -33,6 +33,7 @@ SHOWN_FILE = "shown.pt"
 TABLE_FILE = "table.md"
 REFERENCES = ("original", "true_units")  # sounds that every run has of an utterance, and all of them alike
 OWN_SOUND = "predicted"  # how a run names what its model said
+MOST_SHOWN = 12  # utterances on a page, of about 300 kB a sound each
 
 
 def note_shown(
@@ -69,7 +70,12 @@ def note_shown(
 
 
 def measure_run(
-    run_folder: Path, system: str, model_dir: str | Path, found: Found | None = None, device: str = "cpu"
+    run_folder: Path,
+    system: str,
+    model_dir: str | Path,
+    found: Found | None = None,
+    device: str = "cpu",
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measure the sounds of a run against the recordings.
 
@@ -79,9 +85,13 @@ def measure_run(
         model_dir: model folder, whose speaker encoder, Whisper and UTMOS judge.
         found: who listens; None looks for one.
         device: where Whisper, if it is the one, and UTMOS compute.
+        stop_requested: asked before each utterance.
 
     Returns:
         for metrics.json: `measures` of `system`, `true_units` and `original`, `skipped` with reasons, `notes`.
+
+    Raises:
+        RunStopped: it was asked to stop.
     """
     rate_hz = sizes(model_dir).sample_rate
     rows = []
@@ -89,7 +99,7 @@ def measure_run(
         sounds = _read_sounds({system: Path(run_folder)}, utt_id, rate_hz)
         original = sounds.pop("original", None)
         rows.append(UtteranceSounds(utt_id, noted["text"], original, sounds, noted["language"]))
-    return evaluate_sounds(rows, rate_hz, model_dir, found, device).to_dict()
+    return evaluate_sounds(rows, rate_hz, model_dir, found, device, stop_requested).to_dict()
 
 
 def write_run_report(
@@ -130,6 +140,7 @@ def write_run_report(
     lines = [note if len(owners) == len(runs) else f"{', '.join(owners)}: {note}" for note, owners in notes.items()]
     with atomic_path(Path(folder) / TABLE_FILE) as temporary:
         temporary.write_text(to_markdown(measures, skipped, lines), encoding="utf-8")
+    utterances, decoded = _utterances(runs, model_dir, found)
     return write_report(
         Path(folder),
         title=title,
@@ -138,7 +149,8 @@ def write_run_report(
         measures=measures,
         skipped=skipped,
         notes=lines,
-        utterances=_utterances(runs, model_dir, found),
+        utterances=utterances,
+        utterances_in_all=decoded,
         rate_hz=sizes(model_dir).sample_rate,
     )
 
@@ -184,17 +196,19 @@ def language_of(text: str) -> str:
     return "zh" if any(name.startswith(SPELLED_BY_CHARACTER) for name in names) else "en"
 
 
-def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found | None) -> list[ReportUtterance]:
-    """The utterances that every run has decoded."""
+def _utterances(
+    runs: Mapping[str, Path], model_dir: str | Path, found: Found | None
+) -> tuple[list[ReportUtterance], int]:
+    """Of the utterances that every run has decoded as many as a page holds, evenly from all; and how many all are."""
     shown = {system: _read_shown(path) for system, path in runs.items()}
     shared = [utt_id for utt_id in next(iter(shown.values()), {}) if all(utt_id in own for own in shown.values())]
     if not shared:
-        return []
+        return [], 0
     rate_hz = sizes(model_dir).sample_rate
     mel_of = load_config(ModelDir(model_dir).file(CONFIG_FILE), ["feat_extractor"])["feat_extractor"]
     found = found or find_aligner()
     utterances = []
-    for utt_id in shared:
+    for utt_id in (shared[index] for index in spread_evenly(len(shared), MOST_SHOWN)):
         sounds = _read_sounds(runs, utt_id, rate_hz)
         noted, notes = _of_all_runs({system: own[utt_id] for system, own in shown.items()})
         times = None
@@ -215,7 +229,7 @@ def _utterances(runs: Mapping[str, Path], model_dir: str | Path, found: Found | 
                 noted["words"],
             )
         )
-    return utterances
+    return utterances, len(shared)
 
 
 def word_times(

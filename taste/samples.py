@@ -47,7 +47,9 @@ def show(
     (run_folder / SHOWN_FILE).unlink(missing_ok=True)  # the report must not show an earlier model's
     if not settings.generate_utterances:
         return {}
-    shown = test_set.subset(spread_evenly(len(test_set), settings.generate_utterances))
+    shown = _sound(test_set, spread_evenly(len(test_set), settings.generate_utterances))
+    if not len(shown):
+        return {}
     torch.manual_seed(settings.seed)
     sampling = sampling_of(settings)
     units = generate_units(model, shown, settings.generate_batch_size, sampling, device, stop_requested)
@@ -69,7 +71,13 @@ def show(
     codes = codes_of(model, decoded, device) if model.quantizer is not None else []
     note_shown(run_folder, decoded, tokenizer, weights, codes)
     if settings.evaluate_audio:
-        results["sounds"] = measure_run(run_folder, settings.variant, settings.cosyvoice_model_dir, device=str(device))
+        results["sounds"] = measure_run(
+            run_folder,
+            settings.variant,
+            settings.cosyvoice_model_dir,
+            device=str(device),
+            stop_requested=stop_requested,
+        )
     return results
 
 
@@ -86,6 +94,17 @@ def sampling_of(settings: Settings) -> Sampling:
         ValueError: a value is out of its range.
     """
     return Sampling(settings.sampling, settings.top_k, settings.min_units_per_token, settings.max_units_per_token)
+
+
+def _sound(dataset: UtteranceDataset, indices: Sequence[int]) -> UtteranceDataset:
+    """Those of the utterances whose features are numbers; the others are named."""
+    chosen = []
+    for index in indices:
+        if (example := dataset[index]).is_finite:
+            chosen.append(index)
+        else:
+            print(f"warning: {example.utt_id} has features that are no numbers; nothing is generated of it")
+    return dataset.subset(chosen)
 
 
 def _warn_of_misfits(dataset: UtteranceDataset, weights: Sequence[Tensor]) -> None:

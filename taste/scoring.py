@@ -1,13 +1,17 @@
 """Teacher-forced scores of a whole data set."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from cosyvoice.utils.stops import NonFiniteLossError
 from taste.batch import Batch, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
@@ -16,6 +20,7 @@ from taste.model import CosyVoiceS3Model, Scores
 from taste.progress_bar import progress_bar
 
 BATCHES_AHEAD = 2  # at least, by each process that loads features
+SHOWN_UTTERANCES = 8  # of a list
 
 
 @dataclass
@@ -66,6 +71,8 @@ def evaluate(
 ) -> Totals:
     """Score every utterance of a data set, the work shared by all processes.
 
+    Utterances whose loss or features are no numbers are left out, and named on stderr: one would make the sum none.
+
     Args:
         model: the model itself, on the accelerator's device; it is left in eval mode.
         dataset: the utterances.
@@ -76,19 +83,34 @@ def evaluate(
 
     Returns:
         the sums over all utterances, the same in each process.
+
+    Raises:
+        NonFiniteLossError: no utterance is left.
     """
     model.eval()
     batches = batches_by_length(dataset.lengths, batch_size)
     own_batches = batches[accelerator.process_index :: accelerator.num_processes]
     loader = iter(feature_loader(dataset, own_batches, num_workers))
-    totals = Totals()
+    totals, spoiled = Totals(), []
     rounds = range(0, len(batches), accelerator.num_processes)
     for first in progress_bar(rounds, "evaluating", "batches", active=accelerator.is_main_process):
         before_batch()
         if first + accelerator.process_index < len(batches):
             with torch.inference_mode(), precision_of(accelerator.device):
-                totals += Totals.of(model(next(loader).to(accelerator.device)))
-    return Totals(*sum_over_processes(accelerator, totals.as_list()))
+                batch = next(loader).to(accelerator.device)
+                scores = model(batch)
+                sound = scores.loss_sums.isfinite() & batch.finite_rows  # a quantizer makes numbers of anything
+                totals += Totals.of(Scores(*(values[sound] for values in scores)))
+                spoiled += [utt_id for utt_id, good in zip(batch.utt_ids, sound.tolist(), strict=True) if not good]
+    totals, spoiled = Totals(*sum_over_processes(accelerator, totals.as_list())), gather_object(spoiled)
+    if spoiled:
+        shown = ", ".join(spoiled[:SHOWN_UTTERANCES]) + (", ..." if len(spoiled) > SHOWN_UTTERANCES else "")
+        told = f"loss or features of {len(spoiled)} of {len(dataset)} utterances are no numbers: {shown}"
+        if not totals.target_count:
+            raise NonFiniteLossError(f"{told}; look at their features, or begin with other weights")
+        if accelerator.is_main_process:
+            tqdm.write(f"warning: {told}; they are left out of the scores, look at their features", file=sys.stderr)
+    return totals
 
 
 def precision_of(device: torch.device) -> torch.autocast:

@@ -5,7 +5,7 @@ The words are judged by `taste.asr`, the voice by the model folder's campplus.on
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,10 @@ from torchaudio.functional import create_dct
 
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
+from cosyvoice.utils.stops import leave_if_asked
 from taste.asr import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
 from taste.naturalness import find_utmos
+from taste.progress_bar import progress_bar
 from taste.speaker import SpeakerEncoder
 from taste.threads import torch_threads_kept
 
@@ -222,6 +224,7 @@ def evaluate_sounds(
     model_dir: str | Path,
     found: Found | None = None,
     device: str = "cpu",
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> SoundEvaluation:
     """Measure every system's sounds against the recordings.
 
@@ -237,9 +240,13 @@ def evaluate_sounds(
         model_dir: model folder, whose speaker encoder (and Whisper, where it is whole, and UTMOS) judge.
         found: who listens; None looks for one.
         device: where Whisper, if it is the one, and UTMOS compute.
+        stop_requested: asked before each utterance.
 
     Returns:
         the table; empty without utterances.
+
+    Raises:
+        RunStopped: it was asked to stop.
     """
     if not rows:
         return SoundEvaluation({})
@@ -253,11 +260,11 @@ def evaluate_sounds(
     results = {name: _Collected() for name in ("original", *names)}
     notes = []
     if found.recogniser:
-        notes += _listen(found.recogniser, rows, names, rate_hz, results)
+        notes += _listen(found.recogniser, _each(rows, "listening", stop_requested), names, rate_hz, results)
     else:
         skipped |= dict.fromkeys((*_Collected.HEARD, *_Collected.TIMED), found.reason)
     least_samples = LEAST_SECONDS * rate_hz
-    for row in rows:
+    for row in _each(rows, "comparing sounds", stop_requested):
         sounds = row.sounds if row.original is None else {"original": row.original, **row.sounds}
         for name, sound in sounds.items():
             if len(sound) < least_samples:
@@ -321,17 +328,28 @@ class _Collected:
         }
 
 
+def _each(
+    rows: Sequence[UtteranceSounds], description: str, stop_requested: Callable[[], bool]
+) -> Iterator[UtteranceSounds]:
+    for row in progress_bar(rows, description, "utterances"):
+        leave_if_asked(stop_requested, "stopped while listening; what was trained is saved")
+        yield row
+
+
 def _listen(
     recogniser: Recogniser,
-    rows: Sequence[UtteranceSounds],
+    rows: Iterable[UtteranceSounds],
     names: Sequence[str],
     rate_hz: int,
     results: Mapping[str, _Collected],
 ) -> list[str]:
     """Have everything written down and timed; give what a reader of the table should know about it."""
-    understood = [row for row in rows if recogniser.hears(row.language)]
-    aligned = compared = 0
-    for row in understood:
+    understood = count = aligned = compared = 0
+    for row in rows:
+        count += 1
+        if not recogniser.hears(row.language):
+            continue
+        understood += 1
         sounds = {name: row.sounds.get(name) for name in names}
         if row.original is not None:
             sounds["original"] = row.original
@@ -354,7 +372,7 @@ def _listen(
                 pair = tuple([words[place] for place in sorted(said)] for words in (expected, there))
             results[name].durations.append(compare_durations(*pair))
             aligned, compared = aligned + bool(there), compared + 1
-    notes = [f"words written down by {recogniser.name}: {len(understood)} of {len(rows)} utterances"]
+    notes = [f"words written down by {recogniser.name}: {understood} of {count} utterances"]
     if compared:
         notes.append(
             f"words timed by looking for the transcript in {aligned} of {compared} sounds, else by what was heard; "

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from cosyvoice.utils.model_dir import ModelDir
+from cosyvoice.utils.stops import leave_if_asked
 from taste.atomic import atomic_path
 from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
@@ -19,10 +20,10 @@ from taste.provenance import file_digest
 from taste.samples import sampling_of
 from taste.settings import Settings
 from taste.tokenizer import SpeechCodes, TasteTokenizer
-from taste.training import RunStopped
 from taste.variant_run import run_folder_of
 
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
+STOPPED = "stopped; what was written is whole"
 HOW_FILE = "made_with.json"  # in DECODED_FOLDER: how its sounds were made
 _HOW = ("sampling", "top_k", "min_units_per_token", "max_units_per_token", "seed")
 
@@ -78,7 +79,7 @@ def encode_manifest(settings: Settings, device: torch.device, stop_requested: Ca
     folder = codes_folder(settings)
     failures, words, seconds, kept = [], 0, 0.0, 0
     for utterance in progress_bar(utterances, "encoding", "utterances"):
-        _leave_if_asked(stop_requested)
+        leave_if_asked(stop_requested, STOPPED)
         path = folder / f"{utterance.utt_id}.json"
         if spoken := _written_before(path, utterance, tokenizer):
             words, seconds, kept = words + len(spoken.words), seconds + spoken.seconds, kept + 1
@@ -143,7 +144,7 @@ def decode_folder(settings: Settings, device: torch.device, stop_requested: Call
     how = {"codes": str(folder.resolve()), "model": tokenizer.fingerprint, **vocoders}
     kept = _spoken_before(written, all_spoken, how | {name: settings.to_dict()[name] for name in _HOW})
     for path, spoken in progress_bar(all_spoken.items(), "decoding", "utterances"):
-        _leave_if_asked(stop_requested)
+        leave_if_asked(stop_requested, STOPPED)
         if path in kept:
             continue
         try:
@@ -194,8 +195,3 @@ def codes_folder(settings: Settings) -> Path:
         the folder.
     """
     return Path(settings.codes_dir) if settings.codes_dir else run_folder_of(settings) / CODES_FOLDER
-
-
-def _leave_if_asked(stop_requested: Callable[[], bool]) -> None:
-    if stop_requested():
-        raise RunStopped("stopped; what was written is whole")

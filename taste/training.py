@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.batch import Batch, collate
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
@@ -23,21 +24,12 @@ from taste.epoch_plan import EpochPlan, halved, most_demanding
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress_bar import progress_bar
 from taste.provenance import changed_models
-from taste.scoring import Totals, evaluate, feature_loader, precision_of, sum_over_processes
+from taste.scoring import SHOWN_UTTERANCES, Totals, evaluate, feature_loader, precision_of, sum_over_processes
 from taste.train_state import Progress, StepRecord
 
 ADAM_BETAS = (0.9, 0.98)
 LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
-SHOWN_UTTERANCES = 8
 MOST_SKIPPED_STEPS = 5  # in a row, whose loss or gradient is no number; at so many the training has failed
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of several steps in a row is no number; the message names step and utterances."""
-
-
-class RunStopped(Exception):  # noqa: N818 - nothing went wrong, someone asked for it
-    """Somebody asked the run to stop, and its work is saved."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +169,26 @@ class Trainer:
         self.notes = now
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress.from_dict(checkpoint.notes["progress"])
+
+    def describe_new_schedule(self, num_epochs: int) -> str:
+        """What another number of epochs than before does to the learning rate.
+
+        Args:
+            num_epochs: what it was when the checkpoint was written.
+
+        Returns:
+            a line for a person.
+        """
+        step, config = self.progress.step, self.config
+        shares = [
+            share_of_peak(step, epochs * self.steps_per_epoch, config.warmup_steps)
+            for epochs in (num_epochs, config.num_epochs)
+        ]
+        return (
+            f"NUM_EPOCHS was {num_epochs}, is {config.num_epochs}: the learning rate goes on along the schedule of "
+            f"{config.num_epochs} epochs, from {shares[1]:.0%} of its peak (where {num_epochs} epochs had it: "
+            f"{shares[0]:.0%})"
+        )
 
     def fit(self) -> Progress:
         """Train until the configured number of epochs is complete.

@@ -103,7 +103,7 @@ def run_variant(
         freeze_llm=settings.freeze_llm,
         use_speaker=use_speaker,
         lora_rank=settings.lora_rank,
-        taste_sizes=TasteSizes.of(settings),
+        taste_sizes=TasteSizes.from_dict(settings.to_dict()),
         whisper_dir=settings.whisper_dir,
         freeze_aggregator_bottom=settings.freeze_aggregator_bottom,
     )
@@ -309,11 +309,19 @@ def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
 
     Raises:
         FileNotFoundError: RESUME names a file that is not there.
+        ValueError: the run was trained, and what its training would go on from is gone.
     """
     if settings.resume == "never":
         return None
     if settings.resume == "auto":
-        path = run_folder / "checkpoints" / ("last.pt" if settings.num_epochs else "best.pt")
+        last, best = (run_folder / "checkpoints" / name for name in ("last.pt", "best.pt"))
+        if settings.num_epochs and not last.exists() and _is_trained(best):
+            raise ValueError(
+                f"{best} was trained, and {last.name}, from which a training goes on, is not beside it. Put it back, "
+                "or evaluate what is there (--num-epochs 0), or begin another run with its weights "
+                f"(--init-from {best} --run-name <another>), or start anew over it (--resume never)"
+            )
+        path = last if settings.num_epochs else best
         return path if path.exists() else None
     path = Path(settings.resume)
     if not path.is_file():
@@ -321,6 +329,11 @@ def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
             f"RESUME is {str(path)!r}: there is no such file; expected auto, never, or a checkpoint"
         )
     return path
+
+
+def _is_trained(best: Path) -> bool:
+    """Whether a run's best weights are there, and are not only those that it began with."""
+    return best.exists() and load_checkpoint(best, mapped=True).notes["progress"]["epoch"] > 0
 
 
 def give_first_weights(
@@ -430,6 +443,9 @@ def train(
             take_best(checkpoint, checkpoint_path, trainer.best_path, accelerator)
         if accelerator.is_main_process:
             print(f"resuming from {checkpoint_path}, epoch {trainer.progress.epoch}, step {trainer.progress.step}")
+            before = checkpoint.notes["settings"]["num_epochs"]
+            if before != settings.num_epochs and trainer.progress.epoch < settings.num_epochs:
+                print(trainer.describe_new_schedule(before))
             if trainer.progress.history:  # it may have been stopped before the first one
                 draw(trainer.progress.history)
     elif accelerator.is_main_process:

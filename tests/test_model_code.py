@@ -17,13 +17,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import model_code
+from cosyvoice.utils.stops import RunStopped
 from taste.audio import write_wav
 from taste.checkpoint import load_checkpoint
 from taste.data import UtteranceDataset, open_dataset
 from taste.model import CosyVoiceS3Model
 from taste.output_lock import OutputLock
 from taste.provenance import file_digest
-from taste.training import RunStopped
+from taste.training import Trainer
 from taste.variant_run import run_variant, warn_of_misfits, whole_history
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features
@@ -183,6 +184,9 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
         assert (folder / name).is_file()
     before = {variant: work.weights(f"all/{variant}") for variant in measures}
     assert work.run(variant="all", num_epochs=1) == 0  # the same command again trains nothing more
+    capsys.readouterr()
+    assert work.run(variant="all", num_epochs=2) == 1  # later stages have begun with the weights after one epoch
+    assert "simple has begun with the weights that text_only had after 1 epochs" in capsys.readouterr().err
     for variant, weights in before.items():
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
 
@@ -453,6 +457,30 @@ def test_the_same_command_again_trains_nothing_more(work):
     assert work.metrics() == metrics
 
 
+@pytest.mark.parametrize("variant", ["simple", "taste"])
+def test_utterances_whose_features_are_no_numbers_are_left_out_and_named(work, capsys, variant):
+    for split, examples, bad in (("train", random_examples(LENGTHS), 4), ("test", random_examples(LENGTHS[:3]), 1)):
+        examples[bad].speech_final[1, 2] = torch.inf
+        write_features(work.folder, split, examples)
+    assert work.run(variant=variant, batch_size=5, **SPEAKING | {"generate_utterances": 3}) == 0
+    metrics, told = work.metrics(variant), capsys.readouterr()
+    assert all(entry["test"]["loss"] < 100 for entry in metrics["history"])
+    assert "utt-04 has features that are no numbers; nothing is fitted to it" in told.out
+    assert "utt-01 has features that are no numbers; nothing is generated of it" in told.out
+    assert "loss or features of 1 of 3 utterances are no numbers: utt-01; they are left out" in told.err
+    assert metrics["generation"]["utterances"] == 2
+
+
+def test_a_test_set_without_any_score_ends_the_run_before_its_first_step(work, capsys):
+    examples = random_examples(LENGTHS[:3])
+    for example in examples:
+        example.text[0, 0] = torch.nan
+    write_features(work.folder, "test", examples)
+    assert work.run() == 1
+    assert "loss or features of 3 of 3 utterances are no numbers: utt-00, utt-01, utt-02" in capsys.readouterr().err
+    assert not (work.folder / "exp" / "simple" / "checkpoints" / "last.pt").exists()
+
+
 def test_a_full_disk_is_told_before_the_first_step(work, capsys, monkeypatch):
     monkeypatch.setattr("taste.checkpoint.shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
     assert work.run(num_epochs=1) == 0
@@ -488,8 +516,37 @@ def test_how_a_gpus_memory_is_shared_out_is_said_before_torch_is_there(given, ex
 def test_more_epochs_go_on_from_the_last_checkpoint(work, capsys):
     assert work.run(num_epochs=1) == 0
     assert work.run(num_epochs=3) == 0
-    assert "resuming from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming from" in out
+    assert "NUM_EPOCHS was 1, is 3: the learning rate goes on along the schedule of 3 epochs, from 9" in out
+    assert "(where 1 epochs had it: 5%)" in out
     assert [entry["epoch"] for entry in work.metrics()["history"]] == [0, 1, 2, 3]
+
+
+def test_a_trained_run_without_what_it_would_go_on_from_is_not_trained_over(work, capsys):
+    assert work.run() == 0
+    checkpoints = work.folder / "exp" / "simple" / "checkpoints"
+    (checkpoints / "last.pt").unlink()
+    best = (checkpoints / "best.pt").read_bytes()
+    assert work.run() == 1
+    assert (
+        "best.pt was trained, and last.pt, from which a training goes on, is not beside it" in capsys.readouterr().err
+    )
+    assert (checkpoints / "best.pt").read_bytes() == best
+    assert work.run(num_epochs=0) == 0
+    assert work.run(resume="never") == 0
+
+
+def test_a_run_killed_before_its_first_whole_checkpoint_begins_again(work, monkeypatch):
+    def killed(trainer):
+        raise RunStopped("killed")
+
+    with monkeypatch.context() as killing:
+        killing.setattr(Trainer, "_save_last", killed)
+        assert work.run() == 143
+    checkpoints = work.folder / "exp" / "simple" / "checkpoints"
+    assert (checkpoints / "best.pt").is_file() and not (checkpoints / "last.pt").exists()
+    assert work.run() == 0
 
 
 def test_changed_settings_do_not_mix_with_an_earlier_run(work, capsys):

@@ -9,6 +9,7 @@ from taste.build import build_model
 from taste.checkpoint import load_checkpoint
 from taste.model import VARIANTS
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
+from taste.size_defaults import SMALL
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SPEECH_WIDTH, TASTE_SIZES, random_batch, random_examples, small_model, write_features
 
@@ -149,7 +150,7 @@ def test_a_run_starts_from_the_folders_parts_says_so_and_goes_on_with_that_choic
     metrics = run.metrics("taste")
     assert metrics["fitted"] is None and metrics["pretrained"]["parts"] == list(TASTE_PARTS)
     groups = load_checkpoint(tmp_path / "exp" / "taste" / "checkpoints" / "last.pt").optimizer["param_groups"]
-    assert {group["peak_lr"] for group in groups} == {model_code.LR}  # what was trained is to be changed with care
+    assert {group["peak_lr"] for group in groups} == {SMALL["lr"]}  # what was trained is to be changed with care
     assert run(variant="taste", num_epochs=2, load_pretrained_modules=False) == 1
     assert "LOAD_PRETRAINED_MODULES was True, is False" in capsys.readouterr().err
     assert run(variant="taste", num_epochs=2) == 0
@@ -157,7 +158,7 @@ def test_a_run_starts_from_the_folders_parts_says_so_and_goes_on_with_that_choic
     assert run(variant="taste", run_name="fitted", load_pretrained_modules=False) == 0
     assert run.metrics("fitted")["pretrained"] is None and run.metrics("fitted")["fitted"]
     groups = load_checkpoint(tmp_path / "exp" / "fitted" / "checkpoints" / "last.pt").optimizer["param_groups"]
-    assert {group["peak_lr"] for group in groups} == {model_code.LR, model_code.NEW_MODULES_LR}
+    assert {group["peak_lr"] for group in groups} == {SMALL["lr"], SMALL["new_modules_lr"]}
 
 
 def test_what_does_not_fit_is_fitted(tmp_path, folder, capsys):

@@ -127,6 +127,18 @@ def test_runs_of_any_name_have_their_sounds_measures_in_their_own_column(runs, t
     assert "| utterances with sound | 1 | 1 | 1 | 1 |" in table
 
 
+def test_a_page_shows_some_of_many_utterances_and_says_so(tmp_path, recording):
+    run = write_run(tmp_path / "taste", recording, recording)
+    (noted,) = torch.load(run / "shown.pt", weights_only=True).values()
+    many = [f"utt-{number:02d}" for number in range(30)]
+    torch.save(dict.fromkeys(many, noted), run / "shown.pt")
+    for utt_id in many:
+        write_wav(run / "wavs" / f"{utt_id}_predicted.wav", recording[:RATE_HZ], RATE_HZ)
+    page = write_run_report(tmp_path, {"taste": run}, MODEL_DIR, "taste", NOBODY).read_text()
+    assert "12 of the 30 that were decoded" in page and page.count("<audio") == 12
+    assert [utt_id for utt_id in many if utt_id in page][::11] == ["utt-01", "utt-28"]  # from all of them
+
+
 def test_an_unfinished_run_is_reported_with_what_it_has(tmp_path):
     page = write_run_report(tmp_path, {"taste": tmp_path / "nothing"}, MODEL_DIR, "none", NOBODY).read_text()
     assert "There are no test utterances in this report" in page

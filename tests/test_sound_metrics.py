@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchaudio
 
+from cosyvoice.utils.stops import RunStopped
 from taste.asr import Found, Word, normalise
 from taste.audio import read_audio
 from taste.sound_metrics import (
@@ -232,6 +233,13 @@ class ScriptedRecogniser:
 
     def align(self, waveform, rate_hz, text):
         return self.aligned[len(waveform)] if self.aligned else None
+
+
+def test_listening_stops_when_asked_to(recordings):
+    asked = iter([False, False, True])
+    rows = [UtteranceSounds(name, "", recordings["slt"], {"good": recordings["slt"]}) for name in "abcd"]
+    with pytest.raises(RunStopped, match="stopped while listening; what was trained is saved"):
+        evaluate_sounds(rows, RATE_HZ, MODEL_DIR, Found(None, "nobody"), stop_requested=lambda: next(asked))
 
 
 def test_a_system_without_a_sound_misses_all_words_and_is_compared_in_nothing(recordings):

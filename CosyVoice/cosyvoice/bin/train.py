@@ -38,15 +38,9 @@ from cosyvoice.utils.checkpoint import (  # noqa: E402
     load_state_file,
 )
 from cosyvoice.utils.config import load_config, read_config  # noqa: E402
-from cosyvoice.utils.executor import (  # noqa: E402
-    LAST_FOLDER,
-    Executor,
-    NonFiniteLossError,
-    Outcome,
-    RunStopped,
-    seed_everything,
-)
+from cosyvoice.utils.executor import LAST_FOLDER, Executor, Outcome, seed_everything  # noqa: E402
 from cosyvoice.utils.published_flags import as_own_settings, ignored, without_groups  # noqa: E402
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped  # noqa: E402
 from cosyvoice.utils.train_log import TrainLog  # noqa: E402
 from cosyvoice.utils.train_utils import (  # noqa: E402
     batch_source,

@@ -27,6 +27,7 @@ from cosyvoice.utils.checkpoint import (
 from cosyvoice.utils.config import random_states_kept
 from cosyvoice.utils.muon import group_settings
 from cosyvoice.utils.scheduler import StepSchedule, WarmupCosine
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog, shown_time
 from taste.atomic import atomic_path
 from taste.tensor_file import save_tensors
@@ -40,14 +41,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST_FOLDER = "last"
 SHOWN_UTTERANCES = 8
 MOST_SKIPPED_STEPS = 20  # in a row, before float16 is given up: the scale has been halved as often
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or a gradient is no number; the message names the step and the utterances."""
-
-
-class RunStopped(Exception):  # noqa: N818 - nothing went wrong, someone asked for it
-    """Somebody asked the run to stop, and its work is saved."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
 from taste.plots import plot_comparison  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from taste.size_defaults import SMALL  # noqa: E402
 from taste.tensor_file import save_tensors  # noqa: E402
 from taste.train_state import Progress, StepRecord  # noqa: E402
 
@@ -94,7 +94,9 @@ _LEVELLED = 100  # utterances that the audio branch's size is measured with
 _CODEBOOK_UTTERANCES = 800  # from whose words the codebooks start
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
 _ADAM_BETAS = (0.9, 0.98)
-_TASTE_SIZES = TasteSizes(**{field.name: getattr(model_code, field.name.upper()) for field in fields(TasteSizes)})
+_TASTE_SIZES = TasteSizes.from_dict(
+    {name.lower(): value for name, value in vars(model_code).items() if name.isupper()} | SMALL
+)
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip", "hide_rows"),
     *("hide_units", "drop_text", "quantizer_from", "audio_gain", "lesson_steps", "lesson_utterances", "sounds"),
