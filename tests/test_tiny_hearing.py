@@ -16,10 +16,12 @@ import hear_words  # noqa: E402
 import train_taste  # noqa: E402
 import whisper_start  # noqa: E402
 from corpus_reader import read_split  # noqa: E402
+from joint_taste import JointModel, start_codebooks  # noqa: E402
 from train_whisper import write_whisper  # noqa: E402
 
 from cosyvoice.utils.model_dir import load_part  # noqa: E402
 from taste.audio import read_audio  # noqa: E402
+from taste.batch import Example  # noqa: E402
 from taste.build import build_together  # noqa: E402
 from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
 from taste.settings import parse_settings  # noqa: E402
@@ -52,25 +54,24 @@ def work(tmp_path_factory, golden_dir) -> Path:
     models = build_together(
         llm, ("simple", "taste_novq", "taste"), speech_width=whisper_start.WIDTH, taste_sizes=TASTE_SIZES
     )
-    write_parts(model_dir / PARTS_FILE, models)
     encoder = WhisperEncoder(model_dir / "whisper", whisper_start.MID_LAYER)
+    examples: list[Example] = []
     for split in ("train", "dev"):
         spoken = read_split(work / "corpus", split)
         heard = encoder.encode([read_audio(row.audio_path, RATE_HZ).waveform for row in spoken])
         rows = zip(random_examples([(4, FRAMES)] * len(spoken)), spoken, heard, strict=True)
-        write_features(
-            work / "features",
-            split,
-            [
-                example._replace(
-                    utt_id=row.utt_id,
-                    text=llm.text_embedding.weight.detach()[example.text_tokens],
-                    speech_mid=features.mid,
-                    speech_final=features.final,
-                )
-                for example, row, features in rows
-            ],
-        )
+        examples = [
+            example._replace(
+                utt_id=row.utt_id,
+                text=llm.text_embedding.weight.detach()[example.text_tokens],
+                speech_mid=features.mid,
+                speech_final=features.final,
+            )
+            for example, row, features in rows
+        ]
+        write_features(work / "features", split, examples)
+    start_codebooks(JointModel(models), examples)
+    write_parts(model_dir / PARTS_FILE, models)
     return work
 
 
@@ -97,17 +98,23 @@ def test_it_begins_with_the_states_that_the_features_have(work, tmp_path, capsys
 def test_the_loss_falls(work, tmp_path, capsys):
     options = {"dev": f"train={work}/features/train", "whisper_lr": 2e-3, "aggregator_lr": 1e-2, "branch_lr": 1e-2}
     assert hear_words.main(arguments(work, tmp_path / "out", steps=60, check_every=30, **options)) == 0
-    losses = measured(capsys.readouterr().out, "loss")
-    assert losses[-1] < losses[0] - 0.05
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["loss"] == losses[-1]
+    out, metrics = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for variant in ("taste_novq", "taste"):
+        losses = measured(out, f"{variant} loss")
+        assert losses[-1] < losses[0] - 0.05
+        assert metrics[f"{variant} loss"] == losses[-1]
 
 
-def test_encoder_and_listeners_learn_and_nothing_else(work, tmp_path):
-    assert hear_words.main(arguments(work, tmp_path / "out")) == 0
+@pytest.mark.parametrize(
+    ("variants", "learning"),
+    [("taste_novq,taste", {"aggregator", "audio_branch", "quantizer"}), ("taste_novq", {"aggregator", "audio_branch"})],
+)
+def test_encoder_and_listeners_learn_and_nothing_else(work, tmp_path, variants, learning):
+    assert hear_words.main(arguments(work, tmp_path / "out", variants=variants)) == 0
     before, after = weights(work / "model"), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {".".join(name.split(".")[:2]) for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"taste.aggregator", "taste.audio_branch"}
+    assert changed == {f"taste.{part}" for part in learning}
     encoders = [WhisperEncoder(folder, 6) for folder in (work / "model" / "whisper", tmp_path / "out")]
     first, second = (encoder.encode([torch.randn(16_000, generator=torch.manual_seed(0))])[0] for encoder in encoders)
     assert first.mid.shape == second.mid.shape and not torch.allclose(first.mid, second.mid, atol=1e-3)
@@ -135,5 +142,7 @@ def test_features_of_other_recordings_are_refused(work, tmp_path, capsys):
     torch.save({name: {**rows, first: rows[first][:-3]} for name, rows in features.items()}, path)
     assert hear_words.main(arguments(work, tmp_path / "out", **options)) == 1
     assert f"{first}: features of 47 frames, a recording of 50; make the features again" in capsys.readouterr().err
+    assert hear_words.main(arguments(work, tmp_path / "out", variants="taste,simple")) == 1
+    assert "VARIANTS is ('taste', 'simple'); expected one or both of taste_novq, taste" in capsys.readouterr().err
     assert hear_words.main(arguments(work, tmp_path / "out", train=f"test={work}/features/train")) == 1
     assert "has features, but is in none of test" in capsys.readouterr().err

@@ -2,15 +2,16 @@
 
 In: recordings of splits of `<corpus>`, their features of stages 1 and 2, and a model folder: its language model, which
 stays as it is, its Whisper encoder, and taste.pt. Out, in `<out>/`: the encoder in transformers' format (float16),
-taste.pt (the aggregator and the audio branch have learned, the rest is copied), metrics.json, settings.json, and
+taste.pt (aggregator, audio branch and quantizer have learned, the rest is copied), metrics.json, settings.json, and
 last.pt, from which a run that was stopped goes on.
 
     python CosyVoice/examples/tiny/hear_words.py --train lively=work/feats/lively,train=work/feats/train \
         --dev lively_dev=work/feats/lively_dev --minutes 60
     python CosyVoice/examples/tiny/hear_words.py --steps 20 --batch-units 600 --out /tmp/hearing              (a look)
 
-The loss is that of the variant `taste_novq`: of every unit, by what the language model expects after the recording's
-words were told to it. The encoder's last states are held near those that it had, where the aggregator looks for words.
+The loss is that of the variants `taste_novq` and `taste`, the mean of both: of every unit, by what the language model
+expects after the recording's words were told to it. The encoder's last states are held near those that it had, where
+the aggregator looks for words.
 The features of all recordings have to be made anew with the new encoder; `train_taste.py --parts <out>` then lets the
 other variants get used to them.
 Exit codes: 0 done, 1 error, 2 unknown flag, 130/143 stopped by Ctrl-C or SIGTERM, saved.
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +65,16 @@ PARTS = "CosyVoice-tiny"  # folder with the taste.pt to start from
 TRAIN = ("train=utt2_output/train:s3_output/train",)  # splits to learn from, each with its set of features
 DEV = "test=utt2_output/test:s3_output/test"  # the split that is measured, with its set of features
 OUT = Path("exp/hearing")  # where everything is written
+VARIANTS = ("taste_novq", "taste")  # whose losses are followed
 STEPS = 3_000  # of the optimizer; they set the schedule where MINUTES does not
 MINUTES = None  # float: train by the clock instead, evaluations included; the schedule follows it
 BATCH_UNITS = 3_000  # positions of the language model in a batch, padding included
 WHISPER_LR = 5e-4  # peak learning rate of the encoder: Muon's, and AdamW's of what is no matrix
 AGGREGATOR_LR = 1e-3  # the same of the aggregator
-BRANCH_LR = 5e-4  # the same of the audio branch
+BRANCH_LR = 5e-4  # the same of audio branch and quantizer
 WEIGHT_DECAY = 0.02  # of all of them
 GRAD_CLIP = 1.0  # largest norm of the gradient
+COMMITMENT_WEIGHT = 0.1  # of the quantizer's commitment to its codes, which moves the quantizer alone
 KEEP_WEIGHT = 0.1  # of the distance of the last states from those that the encoder had
 SAMPLED_FRAMES = 16  # of the silence behind a recording, in place of all of it
 CLEAN_SHARE = 0.92  # of the rows that are heard as they are
@@ -82,19 +85,12 @@ SEED = 1  # of the order of the data, dropout and noise
 THREADS = 2  # of the CPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_VARIANT = "taste_novq"
+_VARIANTS = VARIANTS  # that there are
 _COMPARED = 200  # utterances by whose states distances are measured
 _DECIDES_TRAINING = (
-    *("llm", "parts", "train", "batch_units", "whisper_lr", "aggregator_lr", "branch_lr", "weight_decay", "grad_clip"),
-    *("keep_weight", "sampled_frames", "clean_share", "dtype", "seed"),
+    *("llm", "parts", "train", "variants", "batch_units", "whisper_lr", "aggregator_lr", "branch_lr", "weight_decay"),
+    *("grad_clip", "commitment_weight", "keep_weight", "sampled_frames", "clean_share", "dtype", "seed"),
 )
-
-
-class Costs(NamedTuple):
-    """What a batch costs."""
-
-    loss: Tensor  # of a unit, nats
-    moved: Tensor  # squared distance of the last states from the earlier ones, of their variance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +112,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     Raises:
         OSError, ValueError: the message is for the person at the keyboard.
     """
+    if not settings.variants or not set(settings.variants) <= set(_VARIANTS):
+        raise ValueError(f"VARIANTS is {settings.variants}; expected one or both of {', '.join(_VARIANTS)}")
     device, folder = pick_device(settings.device), settings.out
     dtype = pick_dtype(settings.dtype, device)
     print(f"settings of {folder}:\n{settings.describe()}\n")
@@ -129,7 +127,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     whisper, _ = begin_as_earlier(settings.model_dir / "whisper")
     models = build_together(
         llm,
-        ("simple", _VARIANT, "taste"),
+        ("simple", *_VARIANTS),
         speech_width=whisper.config.d_model,
         taste_sizes=train_taste._TASTE_SIZES,
     )
@@ -196,7 +194,7 @@ class Hearing(LoggedTraining):
 
     Args:
         settings: the script's constants.
-        joint: the variants, on the device; of `taste_novq` what listens is going to learn.
+        joint: the variants, on the device; what listens is going to learn.
         whisper: its encoder learns.
         learned: to learn from.
         measured: to measure.
@@ -214,16 +212,17 @@ class Hearing(LoggedTraining):
     ) -> None:
         features = learned.features
         super().__init__(
-            settings, lambda epoch: features.batches(settings.batch_units, settings.seed, epoch), Costs._fields
+            settings,
+            lambda epoch: features.batches(settings.batch_units, settings.seed, epoch),
+            (*settings.variants, "moved"),
         )
         self.joint, self.whisper, self.encoder, self.dtype = joint.eval(), whisper, whisper.model.encoder, dtype
         self.learned, self.measured, self.device = learned, measured, features.device
-        model = joint.models[_VARIANT]
-        self.listening = nn.ModuleList([model.aggregator, model.audio_branch]).requires_grad_(True)
-        rates = (
-            (self.encoder, settings.whisper_lr),
-            *zip(self.listening, (settings.aggregator_lr, settings.branch_lr), strict=True),
-        )
+        model = joint.models["taste"]
+        rates = [(self.encoder, settings.whisper_lr), (model.aggregator, settings.aggregator_lr)]
+        rates += [(part, settings.branch_lr) for part in (model.audio_branch, model.quantizer)]
+        rates = rates if "taste" in settings.variants else rates[:-1]
+        self.listening = nn.ModuleList([part for part, _ in rates[1:]]).requires_grad_(True)
         groups = [group | {"peak_lr": peak} for part, peak in rates for group in muon_groups(part)]
         self.optimizer = MuonWithAdamW(groups, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
         self.learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -258,13 +257,14 @@ class Hearing(LoggedTraining):
         )
         batch, moved = self._heard(own, mels, None)
         with self._autocast():
-            loss = self.joint(batch, [_VARIANT], None).losses.mean()
-        (loss + settings.keep_weight * moved).backward()
+            found = self.joint(batch, settings.variants)
+        self.joint.commit(settings.commitment_weight * found.commitment)
+        (found.losses.mean() + settings.keep_weight * moved).backward()
         nn.utils.clip_grad_norm_(self.learning, settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.unlogged.append(torch.stack(Costs(loss, moved)).detach())
+        self.unlogged.append(torch.stack([*found.losses, moved]).detach())
 
     def _heard(self, own: Batch, mels: Tensor, generator: torch.Generator | None) -> tuple[Batch, Tensor]:
         """The batch with the encoder's states of now, and how far the last ones have moved."""
@@ -284,12 +284,14 @@ class Hearing(LoggedTraining):
         """Score the measured split."""
         self.listening.eval()
         started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-        features, totals, moved = self.measured.features, Totals(), []
+        features, totals, moved = self.measured.features, {name: Totals() for name in self.settings.variants}, []
         for chosen in features.batches_by_length(self.settings.batch_units):
             batch, distance = self._heard(features.batch(chosen), self.measured.waves(chosen), generator)
-            totals += Totals.of(self.joint.models[_VARIANT](batch))
+            for name in totals:
+                totals[name] += Totals.of(self.joint.models[name](batch))
             moved.append(float(distance))
-        found = totals.averages() | {"moved": sum(moved) / len(moved)}
+        found = {f"{name} {what}": value for name in totals for what, value in totals[name].averages().items()}
+        found["moved"] = sum(moved) / len(moved)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         print(
             f"-- {self.settings.dev.partition('=')[0]} after {self.step} steps, {self.passes():.1f} passes: {shown}  "

@@ -60,6 +60,7 @@ from taste.checkpoint import write_json  # noqa: E402
 from taste.provenance import digest, file_digest  # noqa: E402
 from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 from taste.text import tokenize  # noqa: E402
+from taste.threads import torch_threads_kept  # noqa: E402
 from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder  # noqa: E402
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
@@ -264,7 +265,9 @@ def recording_mel(spoken: Spoken) -> tuple[Tensor, int]:
     frames = -(-len(waveform) // SAMPLES_PER_FRAME)
     tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
     padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
-    return whisper_log_mel(padded, MEL_BINS).half(), frames
+    with torch_threads_kept():
+        torch.set_num_threads(1)  # one recording is too small for several, which would wait for each other
+        return whisper_log_mel(padded, MEL_BINS).half(), frames
 
 
 def fit_units(units: Tensor, frames: int) -> Tensor:
