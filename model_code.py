@@ -30,17 +30,16 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_C
 import torch
 
 import taste  # noqa: F401 -- makes cosyvoice importable
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
 from cosyvoice.utils.model_dir import sizes
+from cosyvoice.utils.output_lock import OutputBusyError
+from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
 from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.comparison import compare_variants
-from taste.extraction import SOME_FAILED_EXIT_CODE
-from taste.interrupt import StopRequest
 from taste.model import CosyVoiceS3Model
-from taste.output_lock import OutputBusyError
 from taste.released_run import evaluate_released
 from taste.samples import sampling_of
-from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.size_defaults import with_defaults
 from taste.tokenizer_run import decode_folder, encode_manifest
 from taste.variant_run import run_folder_of, run_variant

@@ -14,7 +14,7 @@
 # What stands here is relative to this file; what is given is relative to the working directory.
 set -euo pipefail
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-source "$HERE/taste/settings.sh"
+source "$HERE/CosyVoice/cosyvoice/utils/settings.sh"
 
 MODEL_DIR="${MODEL_DIR:-$HERE/CosyVoice-tiny}"  # model folder: CosyVoice-300M, or another with the same files
 SPLITS="${SPLITS:-train test}"                  # manifests to do, without .jsonl

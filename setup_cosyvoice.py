@@ -20,12 +20,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from taste import REPOSITORY
+import taste  # makes cosyvoice importable
+from cosyvoice.utils.output_lock import OutputBusyError
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
 from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
-from taste.output_lock import OutputBusyError
-from taste.settings import Settings, parse_settings, pick_device
 from taste.verify import Check, ModelPart, check_part, read_manifest
 
 MODEL_DIR = "CosyVoice-300M"  # the model folder to complete or to check; Whisper goes into its folder `whisper`
@@ -197,7 +197,7 @@ def run_each_part(folder: Path, settings: Settings, file_checks: Sequence[Check]
     from taste.deep_verify import deep_verify, describe_machine, load_recording
 
     recording = load_recording(
-        Path(settings.check_audio) if settings.check_audio else None, REPOSITORY / "json" / "demo_audio"
+        Path(settings.check_audio) if settings.check_audio else None, taste.REPOSITORY / "json" / "demo_audio"
     )
     device = pick_device(settings.device)
     print(f"\nrunning each part on {describe_machine(device)}\nlistening to {recording.name}", flush=True)

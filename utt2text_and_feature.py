@@ -31,10 +31,14 @@ import torch
 from tqdm import tqdm
 
 import taste  # noqa: F401 -- makes cosyvoice importable
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
+from cosyvoice.utils.output_lock import OutputBusyError
+from cosyvoice.utils.provenance import check_made_with, digest, file_digest
+from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
 from taste.audio import duration_seconds, read_audio
 from taste.background_flush import BackgroundFlush
-from taste.extraction import SOME_FAILED_EXIT_CODE, describe_full_device
+from taste.extraction import describe_full_device
 from taste.failures import Failure, list_failures
 from taste.feature_store import (
     DISK_RESERVE_BYTES,
@@ -45,14 +49,10 @@ from taste.feature_store import (
     open_features,
     stored_bytes,
 )
-from taste.interrupt import StopRequest
 from taste.manifest import Utterance, read_manifest
 from taste.memory_guard import MemoryGuard
-from taste.output_lock import OutputBusyError
 from taste.prefetch import prefetched
 from taste.progress_bar import progress_bar
-from taste.provenance import check_made_with, digest, file_digest
-from taste.settings import Settings, describe_device, parse_settings, pick_device
 from taste.speaker import SpeakerEncoder
 from taste.text import tokenize
 from taste.utterance_features import Models, Outputs, Prepared, add_batch, prepare

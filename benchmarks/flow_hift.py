@@ -26,7 +26,7 @@ from benchmarks.flow_hift_models import build_flow, build_hift
 from cosyvoice.flow.flow import EULER_STEPS
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import MEL_FRAMES_PER_SECOND
-from taste.settings import parse_settings, pick_device
+from cosyvoice.utils.settings import parse_settings, pick_device
 
 SIZE = "300m"  # 300m: the released model; small: the scaled-down one of the tests
 SECONDS = 4.0  # of audio to make

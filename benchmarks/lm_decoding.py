@@ -24,8 +24,8 @@ import taste  # noqa: F401 - makes `cosyvoice` importable
 from benchmarks.lm_models import SIZES, build_language_model
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.encoder import TransformerEncoder
-from taste.atomic import atomic_path
-from taste.settings import parse_settings, pick_device
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.settings import parse_settings, pick_device
 
 SIZE = "300m"  # 300m: the released sizes; small: those of the tests
 TOKENS = 250  # S3 tokens to decode, 50 a second of speech

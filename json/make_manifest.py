@@ -23,8 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from taste.atomic import atomic_path
-from taste.settings import parse_settings
+import taste  # noqa: F401 -- makes cosyvoice importable
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.settings import parse_settings
 
 LIBRISPEECH = ("LibriSpeech/train-clean-100",)  # folders to read, with their speakers' folders inside
 OUTPUT = "json/train.jsonl"  # manifest to write

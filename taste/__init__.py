@@ -1,14 +1,13 @@
 """What the four scripts share: settings, audio, manifests, feature files, the models and their training.
 
-Importing this package makes `cosyvoice` importable too, from the CosyVoice folder of this repository, unless another
-installation of it comes first.
+Importing this package makes `cosyvoice` importable too: that of this repository's CosyVoice folder, whatever else of
+that name is installed. `cosyvoice` needs nothing of `taste`.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-if importlib.util.find_spec("cosyvoice") is None:
-    sys.path.append(str(REPOSITORY / "CosyVoice"))
+if str(REPOSITORY / "CosyVoice") not in sys.path:
+    sys.path.insert(0, str(REPOSITORY / "CosyVoice"))

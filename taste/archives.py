@@ -5,7 +5,7 @@ import shutil
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 

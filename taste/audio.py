@@ -11,7 +11,6 @@ import torch
 import torchaudio.functional
 
 from cosyvoice.utils.audio import resampling_rates
-from taste.atomic import atomic_path
 
 # N samples
 SILENCE_PEAK = 1e-4  # -80 dB below full scale: three steps of 16-bit sound
@@ -82,28 +81,6 @@ def duration_seconds(path: str | os.PathLike[str]) -> float:
             return file.frames / file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, error) from error
-
-
-def write_wav(path: str | os.PathLike[str], waveform: torch.Tensor, sample_rate_hz: int) -> None:
-    """Write 16-bit mono sound, atomically.
-
-    Args:
-        path: the file to write; its folder is made if missing.
-        waveform: [N] or [1, N], float; values beyond -1..1 are clipped.
-        sample_rate_hz: its rate.
-
-    Raises:
-        ValueError: the waveform has more than one channel, or values that are no numbers.
-    """
-    samples = waveform.detach().to("cpu", torch.float32)
-    if samples.dim() == 2 and samples.shape[0] == 1:
-        samples = samples[0]
-    if samples.dim() != 1:
-        raise ValueError(f"{path}: expected a waveform [N] or [1, N], got {list(waveform.shape)}")
-    if not torch.isfinite(samples).all():
-        raise ValueError(f"{path}: the waveform holds values that are not finite numbers; nothing is written")
-    with atomic_path(path) as temporary:
-        soundfile.write(str(temporary), samples.clamp(-1, 1).numpy(), sample_rate_hz, subtype="PCM_16", format="WAV")
 
 
 def _decode(path: Path) -> tuple[np.ndarray, int]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cosyvoice.utils.provenance import noted_models
+from cosyvoice.utils.settings import Settings
 from cosyvoice.utils.stops import RunStopped
 from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
@@ -13,9 +15,7 @@ from taste.controls import controls_of
 from taste.data import FRAMES_PER_SECOND, UtteranceDataset
 from taste.model import CosyVoiceS3Model
 from taste.progress_bar import progress_bar
-from taste.provenance import noted_models
 from taste.scoring import evaluate, sum_over_processes
-from taste.settings import Settings
 from taste.words import word_spans
 
 if TYPE_CHECKING:

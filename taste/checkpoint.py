@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taste.atomic import atomic_path
-from taste.tensor_file import save_tensors
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.tensor_file import save_tensors
 
 
 @dataclass(frozen=True)

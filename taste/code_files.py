@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 from taste.tokenizer import SpeechCodes
 
 # W words   L codes a word

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosyvoice.utils.settings import Settings
 from taste.checkpoint import write_json
 from taste.input_fingerprint import inputs_digest
 from taste.measure_table import PAPER
 from taste.model import VARIANTS
 from taste.plots import plot_comparison
 from taste.run_report import TABLE_FILE, measures_of, write_run_report
-from taste.settings import Settings
 from taste.variant_run import run_folder_of, run_variant
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.settings import describe_device
 from taste.audio import read_audio
-from taste.settings import describe_device
 from taste.verify import Check
 
 if TYPE_CHECKING:

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
+from cosyvoice.utils.provenance import check_made_with
 from taste.failures import Failure, list_failures
 from taste.feature_store import FeatureWriter, chunk_folder
-from taste.interrupt import StopRequest
 from taste.prefetch import prefetched
 from taste.progress_bar import progress_bar
-from taste.provenance import check_made_with
 from taste.recordings import Recording, plan_batches
-
-SOME_FAILED_EXIT_CODE = 3
 
 
 class Work(NamedTuple):

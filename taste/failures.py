@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
+from cosyvoice.utils.provenance import changed_models, digest, file_digest, noted_models
 from taste.data import FeaturePaths
-from taste.provenance import changed_models, digest, file_digest, noted_models
 
 # by their names in the notes
 _FILES = {"speech_tokenizer": "speech_tokenizer_v1.onnx", "speaker_model": "campplus.onnx"}

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from taste.atomic import atomic_path, remove_leftovers
-from taste.output_lock import OutputLock
+from cosyvoice.utils.atomic import atomic_path, remove_leftovers
+from cosyvoice.utils.output_lock import OutputLock
 from taste.safe_pickle import load_plain
 from taste.utterance_ids import normalise_key
 

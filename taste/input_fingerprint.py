@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import taste
-from taste.provenance import DIGEST_DIGITS
-from taste.settings import Settings
+from cosyvoice.utils.provenance import DIGEST_DIGITS
+from cosyvoice.utils.settings import Settings
 
 CODE = ("model_code.py", "taste/**/*.py", "CosyVoice/cosyvoice/**/*.py")
 

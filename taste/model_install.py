@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.output_lock import OutputLock
 from taste.archives import ArchiveError, is_archive, unpack_archive
-from taste.atomic import atomic_path
 from taste.folder_swap import finish_swap, fresh_folder, swap
 from taste.hub import Hub, HubError, Listing
-from taste.output_lock import OutputLock
 from taste.verify import (
     ExpectedFile,
     ModelPart,

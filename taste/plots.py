@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import ModelDir, read_weights
+from cosyvoice.utils.tensor_file import save_tensors
 from taste.checkpoint import weights_fingerprint
 from taste.model import PRETRAINED_PART, CosyVoiceS3Model
-from taste.tensor_file import save_tensors
 
 PARTS_FILE = "taste.pt"
 FAMILY = {"simple": "simple", "taste_novq": "taste", "taste": "taste"}  # the variants whose parts are the same modules

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cosyvoice.utils.model_dir import ModelDir, sizes
+from cosyvoice.utils.provenance import file_digest
 from taste.model import CosyVoiceS3Model
-from taste.provenance import file_digest
 
 UNITS_PER_SECOND = 50  # that a released TASTE learned to say; its weights do not tell
 SPEAKER_MODEL = "campplus.onnx"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosyvoice.utils.model_dir import get_tokenizer, sizes
+from cosyvoice.utils.settings import Settings
 from taste.audio_use import listen
 from taste.released_data import ReleasedDataset
 from taste.released_folder import check_same_sizes, speaker_model_warning
 from taste.samples import show
 from taste.scoring import evaluate
-from taste.settings import Settings
 from taste.variant_run import open_data, run_folder_of, sole_writer, write_results
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.atomic import atomic_path
 from taste import report_charts as charts
-from taste.atomic import atomic_path
 from taste.measure_table import PAPER_MARK, PAPER_NOTE, Measures, lay_out, title_of
 
 # N samples   F mel frames, 86.13 Hz   T text tokens   A Whisper frames, 50 Hz   W words

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.stops import leave_if_asked
-from taste.audio import AudioError, read_audio, write_wav
+from taste.audio import AudioError, read_audio
 from taste.batch import collate
 from taste.checkpoint import write_json
 from taste.data import UtteranceDataset, spread_evenly

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
+from cosyvoice.utils.tensor_file import save_tensors
 from taste.asr import Found, find_aligner, normalise
-from taste.atomic import atomic_path
 from taste.audio import AudioError, read_audio
 from taste.data import UtteranceDataset, spread_evenly
 from taste.measure_table import Measures, title_of, to_markdown
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
-from taste.tensor_file import save_tensors
 from taste.text import SPELLED_BY_CHARACTER
 from taste.words import word_spans
 

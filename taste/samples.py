@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import get_tokenizer
+from cosyvoice.utils.settings import Settings
 from taste.audio_use import codes_of
 from taste.data import UtteranceDataset, spread_evenly
 from taste.generation import Sampling
@@ -15,7 +16,6 @@ from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model
 from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
 from taste.run_report import SHOWN_FILE, measure_run, note_shown
-from taste.settings import Settings
 from taste.synthesis import UnitDecoder
 from taste.transcript_check import misfits
 

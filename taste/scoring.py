@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cosyvoice.utils.interrupt import obey_parent_alone, signals_held_back
 from cosyvoice.utils.stops import NonFiniteLossError
 from taste.batch import Batch, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
-from taste.interrupt import obey_parent_alone, signals_held_back
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress_bar import progress_bar
 

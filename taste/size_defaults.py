@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cosyvoice.utils.model_dir import ModelSizes
-from taste.settings import Settings
+from cosyvoice.utils.settings import Settings
 
 LEAST_LARGE_WIDTH = 512  # channels of the language model from which on it is a large one; CosyVoice-300M's has 1024
 SMALL: Mapping[str, Any] = MappingProxyType(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, sizes
+from cosyvoice.utils.settings import pick_device
 from taste.asr import WhisperRecogniser, whisper_lacks
 from taste.audio import read_audio
 from taste.batch import Batch
@@ -17,7 +18,6 @@ from taste.generation import Sampling, generate
 from taste.metrics import on_recording
 from taste.model import CosyVoiceS3Model
 from taste.released_folder import check_same_sizes, speaker_model_warning
-from taste.settings import pick_device
 from taste.speaker import SpeakerEncoder
 from taste.synthesis import UnitDecoder
 from taste.text import TextTokens, tokenize

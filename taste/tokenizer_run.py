@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.model_dir import ModelDir
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings
 from cosyvoice.utils.stops import leave_if_asked
-from taste.atomic import atomic_path
-from taste.audio import write_wav
 from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
 from taste.manifest import Utterance, read_manifest
 from taste.progress_bar import progress_bar
-from taste.provenance import file_digest
 from taste.samples import sampling_of
-from taste.settings import Settings
 from taste.tokenizer import SpeechCodes, TasteTokenizer
 from taste.variant_run import run_folder_of
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 from taste.scoring import Totals
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosyvoice.utils.provenance import changed_models
 from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.batch import Batch, collate
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
@@ -23,7 +24,6 @@ from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan, halved, most_demanding
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress_bar import progress_bar
-from taste.provenance import changed_models
 from taste.scoring import SHOWN_UTTERANCES, Totals, evaluate, feature_loader, precision_of, sum_over_processes
 from taste.train_state import Progress, StepRecord
 

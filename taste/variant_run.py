@@ -12,6 +12,9 @@ import torch
 
 import taste
 from cosyvoice.utils.model_dir import ModelSizes, sizes
+from cosyvoice.utils.output_lock import OutputLock
+from cosyvoice.utils.provenance import changed_models, noted_models
+from cosyvoice.utils.settings import Settings
 from taste.audio_use import listen
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import (
@@ -29,15 +32,12 @@ from taste.feature_origin import check_origin, check_same_hearing
 from taste.fitted_start import fit_new_parts
 from taste.input_fingerprint import inputs_digest
 from taste.model import PARTS, CosyVoiceS3Model
-from taste.output_lock import OutputLock
 from taste.plots import plot_losses
 from taste.pretrained_parts import take_parts
-from taste.provenance import changed_models, noted_models
 from taste.results import describe_fit, describe_model, describe_start, epoch_line, summary
 from taste.run_report import write_run_report
 from taste.samples import show
 from taste.scoring import evaluate
-from taste.settings import Settings
 from taste.train_board import TrainBoard
 from taste.training import Trainer, TrainingConfig
 from taste.transcript_check import misfits

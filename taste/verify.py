@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 MANIFEST_NAME = ".verified.json"
 MANIFEST_VERSION = 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taste.provenance import DIGEST_DIGITS, changed_models, digest
+from cosyvoice.utils.provenance import DIGEST_DIGITS, changed_models, digest
 from taste.transformers_folder import read_model_config, weight_files
 
 if TYPE_CHECKING:

@@ -1,17 +1,13 @@
 """A corpus of the tiny recipe with two "speakers", and an S3 tokenizer with random weights, for its trainings."""
 
 import math
-import sys
 from pathlib import Path
 
 import onnx
 import soundfile
 import torch
-from s3tokenizer.model import ModelConfig, S3Tokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"))
-
 from s3_tokenizer_onnx import build_speech_tokenizer
+from s3tokenizer.model import ModelConfig, S3Tokenizer
 
 RATE_HZ = 16_000
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import setup_cosyvoice
+from cosyvoice.utils.settings import parse_settings
 from taste.asr import (
     Pocketsphinx,
     WhisperRecogniser,
@@ -23,7 +24,6 @@ from taste.asr import (
 )
 from taste.audio import read_audio
 from taste.manifest import read_manifest
-from taste.settings import parse_settings
 from tests.small_whisper import write_small_whisper, write_writing_whisper
 
 ROOT = Path(__file__).parents[1]

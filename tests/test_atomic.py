@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from taste.atomic import atomic_path, remove_leftovers
+from cosyvoice.utils.atomic import atomic_path, remove_leftovers
 
 
 def test_a_file_appears_whole_in_a_new_folder(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import soundfile
 import torch
 from sounds import voice_like, write_recording
 
-from taste.audio import AudioError, duration_seconds, read_audio, write_wav
+from cosyvoice.utils.file_utils import write_wav
+from taste.audio import AudioError, duration_seconds, read_audio
 
 RATE_HZ = 16_000
 

@@ -2,9 +2,9 @@ import pytest
 from accelerate import Accelerator
 
 import model_code
+from cosyvoice.utils.settings import parse_settings
 from cosyvoice.utils.stops import RunStopped
 from taste.audio_use import listen
-from taste.settings import parse_settings
 from tests.small_stage3 import small_dataset, small_model
 
 LENGTHS = [(3, 9), (4, 12), (2, 8)]

@@ -196,7 +196,7 @@ def test_a_chain_of_references_has_an_end(write):
         "!apply:random.seed [1986]",
         "!new:cosyvoice.llm.llm.Qwen2LM {a: 1}",
         "!new:cosyvoice.utils.file_utils.load_wav {wav: x, target_sr: 16000}",
-        "!new:taste.tensor_file.save_tensors {path: x, content: 1}",
+        "!new:cosyvoice.utils.tensor_file.save_tensors {path: x, content: 1}",
         "!name:cosyvoice.llm.llm.TransformerLM",
         "!new:whisper.tokenizer.get_tokenizer",
         "!new:omegaconf.DictConfig [{a: 1}]",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from taste.settings import find_constants, parse_settings
+from cosyvoice.utils.settings import find_constants, parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CosyVoice/README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosyvoice.utils.output_lock import OutputBusyError
 from taste import feature_store
 from taste.background_flush import BackgroundFlush
 from taste.feature_store import (
@@ -21,7 +22,6 @@ from taste.feature_store import (
     open_units,
     stored_bytes,
 )
-from taste.output_lock import OutputBusyError
 
 # A Whisper frames, 50 Hz   D channels
 REPOSITORY = Path(__file__).parent.parent
@@ -387,7 +387,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) ->
     path = tmp_path / "a.pt"
     script = f"""
 import sys, time
-from taste.output_lock import OutputLock
+from cosyvoice.utils.output_lock import OutputLock
 lock = OutputLock({str(path)!r})
 print("held", flush=True)
 time.sleep(60)

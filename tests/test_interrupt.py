@@ -7,7 +7,7 @@ import threading
 import pytest
 from torch.utils.data import DataLoader
 
-from taste.interrupt import STOP_SIGNALS, StopRequest, obey_parent_alone
+from cosyvoice.utils.interrupt import STOP_SIGNALS, StopRequest, obey_parent_alone
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -22,7 +22,7 @@ def test_a_signal_only_asks_to_stop(number: signal.Signals, exit_code: int, capf
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taste.interrupt.REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr("cosyvoice.utils.interrupt.REPEAT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
@@ -46,9 +46,9 @@ def test_a_request_that_comes_twice_within_seconds_is_one(repeated: signal.Signa
 
 def test_a_later_sigterm_has_its_default_action() -> None:
     script = (
-        "import os, signal, taste.interrupt\n"
-        "taste.interrupt.REPEAT_SECONDS = 0.0\n"
-        "with taste.interrupt.StopRequest():\n"
+        "import os, signal, cosyvoice.utils.interrupt\n"
+        "cosyvoice.utils.interrupt.REPEAT_SECONDS = 0.0\n"
+        "with cosyvoice.utils.interrupt.StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
     )
@@ -73,7 +73,7 @@ def test_workers_overhear_the_signals_of_others_and_obey_their_parent(number: si
 def test_an_error_that_nobody_catches_leaves_no_workers_waiting() -> None:
     script = (
         "from torch.utils.data import DataLoader\n"
-        "from taste.interrupt import obey_parent_alone\n"
+        "from cosyvoice.utils.interrupt import obey_parent_alone\n"
         "loader = iter(DataLoader(range(100), num_workers=1, worker_init_fn=obey_parent_alone))\n"
         "next(loader)\n"
         "raise RuntimeError('nobody catches it')\n"

@@ -17,13 +17,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import model_code
+from cosyvoice.utils.file_utils import write_wav
+from cosyvoice.utils.output_lock import OutputLock
+from cosyvoice.utils.provenance import file_digest
 from cosyvoice.utils.stops import RunStopped
-from taste.audio import write_wav
 from taste.checkpoint import load_checkpoint
 from taste.data import UtteranceDataset, open_dataset
 from taste.model import CosyVoiceS3Model
-from taste.output_lock import OutputLock
-from taste.provenance import file_digest
 from taste.training import Trainer
 from taste.variant_run import run_variant, warn_of_misfits, whole_history
 from tests.small_model_folder import write_small_model_folder

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from small_taste import CONFIG, write_small_taste, write_speaking_taste
 
 import model_code
+from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.model_dir import get_tokenizer
-from taste.audio import write_wav
 from taste.code_files import read_codes
 from taste.generation import Sampling
 from taste.official import OfficialTaste, build_official, load_taste_checkpoint, tokenize

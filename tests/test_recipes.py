@@ -32,7 +32,7 @@ SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPOSITORY / "taste" / "setting
 SMALL_RECIPE = """#!/usr/bin/env bash
 # A recipe of three steps.
 set -euo pipefail
-source "{repository}/taste/settings.sh"
+source "{repository}/CosyVoice/cosyvoice/utils/settings.sh"
 source "{repository}/CosyVoice/examples/recipe_lib.sh"
 
 STAGE="${{STAGE:-0}}"            # first stage
@@ -185,7 +185,9 @@ def test_a_launcher_that_ends_with_1_when_it_is_stopped_was_stopped(tmp_path: Pa
     launcher = "import signal, sys, time; signal.signal(signal.SIGINT, stop := lambda *_: sys.exit(1)); "
     launcher += "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(60)"
     script = tmp_path / "run.sh"
-    script.write_text(f'set -euo pipefail\nsource {REPOSITORY}/taste/settings.sh\nrun_stoppable "$1" -c "$2"\n')
+    script.write_text(
+        f'set -euo pipefail\nsource {REPOSITORY}/CosyVoice/cosyvoice/utils/settings.sh\nrun_stoppable "$1" -c "$2"\n'
+    )
     process = subprocess.Popen(["bash", script, sys.executable, launcher], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

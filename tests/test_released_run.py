@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model_code
+from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.model_dir import get_tokenizer
-from taste.audio import read_audio, write_wav
+from taste.audio import read_audio
 from taste.batch import collate
 from taste.data import UtteranceDataset, open_dataset
 from taste.official import load_taste_checkpoint, tokenize

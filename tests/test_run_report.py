@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosyvoice.utils.file_utils import write_wav
 from taste.asr import Found, Word
-from taste.audio import read_audio, write_wav
+from taste.audio import read_audio
 from taste.run_report import language_of, measure_run, measures_of, note_shown, word_times, write_run_report
 
 ROOT = Path(__file__).parents[1]

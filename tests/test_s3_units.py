@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cosyvoice.utils.audio import whisper_log_mel
-from taste.audio import AudioError, write_wav
+from cosyvoice.utils.file_utils import write_wav
+from taste.audio import AudioError
 from taste.manifest import read_manifest
 from taste.s3_units import (
     SAMPLE_RATE_HZ,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from taste.settings import Settings, describe_device, find_constants, parse_settings, pick_device
+from cosyvoice.utils.settings import Settings, describe_device, find_constants, parse_settings, pick_device
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("*.py", "json/*.py", "CosyVoice/tools/*.py", "CosyVoice/cosyvoice/bin/*.py", "benchmarks/*.py")

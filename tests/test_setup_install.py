@@ -16,11 +16,11 @@ from hub_server import Fault, HubServer, sha256
 from published_model import COSYVOICE_REPOSITORIES, WHISPER_REPOSITORIES, published, write_folder
 
 import setup_cosyvoice
+from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
+from cosyvoice.utils.settings import parse_settings
 from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
 from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
-from taste.output_lock import OutputBusyError, OutputLock
-from taste.settings import parse_settings
 from taste.verify import MANIFEST_NAME, read_manifest
 
 NEEDED = {

@@ -200,7 +200,7 @@ def test_wrong_usage_ends_with_code_2(flags):
 
 def test_what_it_requires_is_what_the_model_folder_requires():
     from cosyvoice.utils.model_dir import REQUIRED_FILES
-    from taste.settings import parse_settings
+    from cosyvoice.utils.settings import parse_settings
 
     settings = parse_settings(str(SCRIPT), vars(setup_cosyvoice), [])
     assert set(setup_cosyvoice.model_parts(settings)[0].required) == set(REQUIRED_FILES)

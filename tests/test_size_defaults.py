@@ -6,7 +6,7 @@ import pytest
 
 import model_code
 from cosyvoice.utils.model_dir import sizes
-from taste.settings import find_constants, parse_settings
+from cosyvoice.utils.settings import find_constants, parse_settings
 from taste.size_defaults import LARGE, SMALL, with_defaults
 
 REPOSITORY = Path(__file__).resolve().parents[1]

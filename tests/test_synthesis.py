@@ -2,7 +2,7 @@ import pytest
 import soundfile
 import torch
 
-from taste.audio import write_wav
+from cosyvoice.utils.file_utils import write_wav
 from taste.synthesis import LEAST_UNITS, UnitDecoder
 from tests.small_model_folder import write_small_model_folder
 

@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import onnx
@@ -13,33 +12,30 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import train_s3_tokenizer
+import train_speaker_encoder
+import train_whisper
+import whisper_batches
+import whisper_start
+from corpus_reader import read_split
 from s3tokenizer.model import ModelConfig, S3Tokenizer
 from small_recordings import RATE_HZ, write_corpus, write_tokenizer
+from speaker_net import MarginClassifier, SpeakerNet
+from speaker_onnx import export_speaker_encoder
+from unit_codes import CODE_WIDTH, unit_codes
+from whisper_batches import Batch, Example
+from whisper_training import IGNORED, FrameTeacher, States, encode
+from word_times import Span, align, pronounce, share_out, token_spans
 
 from cosyvoice.utils.audio import whisper_log_mel
+from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.onnx_session import OnnxSession
 from taste.audio import read_audio
-from taste.interrupt import StopRequest
 from taste.speaker import SpeakerEncoder
 from taste.threads import torch_threads_kept
 from taste.whisper_encoder import WhisperEncoder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TINY_EXAMPLE = REPOSITORY / "CosyVoice" / "examples" / "tiny"
-sys.path.insert(0, str(TINY_EXAMPLE))
-
-import train_s3_tokenizer  # noqa: E402
-import train_speaker_encoder  # noqa: E402
-import train_whisper  # noqa: E402
-import whisper_batches  # noqa: E402
-import whisper_start  # noqa: E402
-from corpus_reader import read_split  # noqa: E402
-from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
-from speaker_onnx import export_speaker_encoder  # noqa: E402
-from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
-from whisper_batches import Batch, Example  # noqa: E402
-from whisper_training import IGNORED, FrameTeacher, States, encode  # noqa: E402
-from word_times import Span, align, pronounce, share_out, token_spans  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,33 +2,28 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import hear_words
 import pytest
 import torch
+import train_taste
+import whisper_start
+from corpus_reader import read_split
+from joint_taste import JointModel, start_codebooks
 from small_recordings import RATE_HZ, write_corpus
+from train_whisper import write_whisper
 
-TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
-sys.path.insert(0, str(TINY))
-
-import hear_words  # noqa: E402
-import train_taste  # noqa: E402
-import whisper_start  # noqa: E402
-from corpus_reader import read_split  # noqa: E402
-from joint_taste import JointModel, start_codebooks  # noqa: E402
-from train_whisper import write_whisper  # noqa: E402
-
-from cosyvoice.utils.model_dir import load_part  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.batch import Example  # noqa: E402
-from taste.build import build_together  # noqa: E402
-from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
-from taste.settings import parse_settings  # noqa: E402
-from taste.threads import torch_threads_kept  # noqa: E402
-from taste.whisper_encoder import WhisperEncoder  # noqa: E402
-from tests.small_model_folder import write_small_model_folder  # noqa: E402
-from tests.small_stage3 import TASTE_SIZES, random_examples, write_features  # noqa: E402
+from cosyvoice.utils.model_dir import load_part
+from cosyvoice.utils.settings import parse_settings
+from taste.audio import read_audio
+from taste.batch import Example
+from taste.build import build_together
+from taste.pretrained_parts import PARTS_FILE, write_parts
+from taste.threads import torch_threads_kept
+from taste.whisper_encoder import WhisperEncoder
+from tests.small_model_folder import write_small_model_folder
+from tests.small_stage3 import TASTE_SIZES, random_examples, write_features
 
 FRAMES = 50  # of each recording
 QUICK = {"steps": 6, "batch_units": 200, "check_every": 3, "device": "cpu", "dtype": "float32", "threads": 1}

@@ -1,35 +1,30 @@
 """The joint training of CosyVoice-tiny's language model and the parts that hear a recording."""
 
 import json
-import sys
 from pathlib import Path
 
+import listening_lesson
 import pytest
 import torch
 import torch.nn.functional as F
+import train_taste
+from corpus_reader import PHONES
+from joint_taste import JointModel, start_codebooks
+from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach
+from packed_features import PackedFeatures
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds
+from unit_codes import CODE_WIDTH, unit_codes
 
-TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
-sys.path.insert(0, str(TINY))
-
-import listening_lesson  # noqa: E402
-import train_taste  # noqa: E402
-from corpus_reader import PHONES  # noqa: E402
-from joint_taste import JointModel, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach  # noqa: E402
-from packed_features import PackedFeatures  # noqa: E402
-from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds  # noqa: E402
-from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
-
-from cosyvoice.utils.common import IGNORE_ID  # noqa: E402
-from cosyvoice.utils.model_dir import load_part  # noqa: E402
-from taste.batch import Example, collate  # noqa: E402
-from taste.build import TasteSizes, build_model, build_together  # noqa: E402
-from taste.data import FeaturePaths, open_dataset  # noqa: E402
-from taste.model import VARIANTS  # noqa: E402
-from taste.pretrained_parts import take_parts  # noqa: E402
-from taste.settings import parse_settings  # noqa: E402
-from tests.small_model_folder import write_small_model_folder  # noqa: E402
-from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, small_model, write_features  # noqa: E402
+from cosyvoice.utils.common import IGNORE_ID
+from cosyvoice.utils.model_dir import load_part
+from cosyvoice.utils.settings import parse_settings
+from taste.batch import Example, collate
+from taste.build import TasteSizes, build_model, build_together
+from taste.data import FeaturePaths, open_dataset
+from taste.model import VARIANTS
+from taste.pretrained_parts import take_parts
+from tests.small_model_folder import write_small_model_folder
+from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, small_model, write_features
 
 CPU = torch.device("cpu")
 LENGTHS = [(2 + number % 5, 12 + 3 * (number % 4)) for number in range(12)]

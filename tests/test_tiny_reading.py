@@ -1,33 +1,27 @@
 """How the tiny recipe's language model learns to read: what it is shown, what is hidden, and that a run goes on."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import reading_lessons
+import teach_reading
 import torch
 import torch.nn.functional as F
+from corpus_reader import PAUSE, PHONES
+from reading_lessons import FACTS, ReadingLessons, WordFacts, describe_words, log_paces, log_weights
+from resumable import pick_dtype
+from teach_reading import Aligned, AlignedSet, Pace, unit_owners
+from unit_codes import CODE_WIDTH, unit_codes
+from word_times import Span
 
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
-from taste.interrupt import StopRequest
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.train_utils import load_model
 from taste.threads import torch_threads_kept
-
-TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
-sys.path.insert(0, str(TINY))
-
-import reading_lessons  # noqa: E402
-import teach_reading  # noqa: E402
-from corpus_reader import PAUSE, PHONES  # noqa: E402
-from reading_lessons import FACTS, ReadingLessons, WordFacts, describe_words, log_paces, log_weights  # noqa: E402
-from resumable import pick_dtype  # noqa: E402
-from teach_reading import Aligned, AlignedSet, Pace, unit_owners  # noqa: E402
-from unit_codes import CODE_WIDTH, unit_codes  # noqa: E402
-from word_times import Span  # noqa: E402
-
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from tests.small_corpus import LEXICON, write_spoken_corpus  # noqa: E402
-from tests.small_training import CODES, TEXT_TOKENS, write_config  # noqa: E402
+from tests.small_corpus import LEXICON, write_spoken_corpus
+from tests.small_training import CODES, TEXT_TOKENS, write_config
 
 ALL_TEXT_TOKENS = 51_866
 LM_LAYERS = "linear_units: 32\n        input_layer: 'linear_legacy'"

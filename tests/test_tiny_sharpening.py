@@ -1,23 +1,19 @@
 """A Whisper encoder that learns to hear S3 units as the tokenizer does, its states staying what they were."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import sharpen_whisper
 import torch
+import whisper_start
 from s3tokenizer.model import ModelConfig, S3Tokenizer
 from small_recordings import RATE_HZ, write_corpus, write_tokenizer
+from whisper_training import UnitNames, encode
 
-from taste.interrupt import StopRequest
+from cosyvoice.utils.interrupt import StopRequest
 from taste.threads import torch_threads_kept
 from taste.whisper_encoder import WhisperEncoder
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"))
-
-import sharpen_whisper
-import whisper_start
-from whisper_training import UnitNames, encode
 
 BLOCKS = 2  # of the tokenizer
 

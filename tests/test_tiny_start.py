@@ -1,25 +1,22 @@
 """What the tiny recipe's language model and flow know before they are trained."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import soundfile
+import start_flow
+import start_llm
 import torch
+from word_times import Span
+
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.settings import parse_settings
+from cosyvoice.utils.train_utils import load_model
+from tests.small_corpus import LEXICON, write_spoken_corpus
+from tests.small_training import CODES, TEXT_TOKENS, made_up_batch, write_config
 
 TINY = Path(__file__).resolve().parents[1] / "CosyVoice" / "examples" / "tiny"
-sys.path.insert(0, str(TINY))
-
-import start_flow  # noqa: E402
-import start_llm  # noqa: E402
-from word_times import Span  # noqa: E402
-
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.settings import parse_settings  # noqa: E402
-from tests.small_corpus import LEXICON, write_spoken_corpus  # noqa: E402
-from tests.small_training import CODES, TEXT_TOKENS, made_up_batch, write_config  # noqa: E402
 
 WORDS = 12  # tokens that the made-up texts use
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import model_code
+from cosyvoice.utils.file_utils import write_wav
 from taste.asr import WhisperRecogniser
-from taste.audio import read_audio, write_wav
+from taste.audio import read_audio
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.code_files import read_codes, write_codes

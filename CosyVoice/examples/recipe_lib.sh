@@ -13,7 +13,7 @@
 #         step 3-train "$PYTHON" make_parquet_list.py --src_dir "$folder" --des_dir "$folder/parquet"
 #     fi
 #
-# The script has sourced taste/settings.sh and has the settings WORK_DIR, STAGE, STOP_STAGE and FORCE.
+# The script has sourced cosyvoice/utils/settings.sh and has the settings WORK_DIR, STAGE, STOP_STAGE and FORCE.
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "bash 4.4 or later is needed, this is $BASH_VERSION"
 

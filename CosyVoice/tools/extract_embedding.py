@@ -19,19 +19,20 @@ from pathlib import Path
 
 import torch
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from taste.atomic import atomic_path  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.extraction import SOME_FAILED_EXIT_CODE, Work, extract  # noqa: E402
-from taste.feature_store import open_features  # noqa: E402
-from taste.manifest import ManifestError  # noqa: E402
-from taste.output_lock import OutputBusyError  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.recordings import Recording, list_recordings  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.speaker import SpeakerEncoder  # noqa: E402
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE
+from cosyvoice.utils.output_lock import OutputBusyError
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from taste.audio import read_audio
+from taste.extraction import Work, extract
+from taste.feature_store import open_features
+from taste.manifest import ManifestError
+from taste.recordings import Recording, list_recordings
+from taste.speaker import SpeakerEncoder
 
 DIR = None  # str: folder with wav.scp and utt2spk; utt2embedding.pt and spk2embedding.pt are written into it
 ONNX_PATH = "CosyVoice-tiny/campplus.onnx"  # speaker encoder

@@ -16,15 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from taste.extraction import Work, extract  # noqa: E402
-from taste.output_lock import OutputBusyError  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.recordings import list_recordings  # noqa: E402
-from taste.s3_units import open_extractor, read_recording  # noqa: E402
-from taste.settings import Settings, describe_device, parse_settings, pick_device  # noqa: E402
+from cosyvoice.utils.output_lock import OutputBusyError
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
+from taste.extraction import Work, extract
+from taste.recordings import list_recordings
+from taste.s3_units import open_extractor, read_recording
 
 DIR = None  # str: folder with wav.scp; utt2speech_token.pt is written into it
 ONNX_PATH = "CosyVoice-tiny/speech_tokenizer_v1.onnx"  # speech tokenizer, of any size

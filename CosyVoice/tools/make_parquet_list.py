@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from taste.atomic import atomic_path, remove_leftovers  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
-from taste.utterance_ids import normalise_key  # noqa: E402
+from cosyvoice.utils.atomic import atomic_path, remove_leftovers
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
+from cosyvoice.utils.settings import Settings, parse_settings
+from taste.utterance_ids import normalise_key
 
 NUM_UTTS_PER_PARQUET = 1000  # utterances a shard
 NUM_PROCESSES = 1  # shards written at once (threads: copying and packing bytes needs no Python)

@@ -22,12 +22,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch import Tensor
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.model_dir import read_weights  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
-from taste.tensor_file import save_tensors  # noqa: E402
+from cosyvoice.utils.model_dir import read_weights
+from cosyvoice.utils.settings import Settings, parse_settings
+from cosyvoice.utils.tensor_file import save_tensors
 
 DST_MODEL = None  # str: .pt file to write
 SRC_PATH = None  # str: folder of the training

@@ -26,13 +26,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.flow.decoder import ConditionalDecoder  # noqa: E402
-from cosyvoice.transformer.encoder import BaseEncoder  # noqa: E402
-from cosyvoice.transformer.portable import PortableEncoder  # noqa: E402
-from cosyvoice.utils.export import (  # noqa: E402
+from cosyvoice.flow.decoder import ConditionalDecoder
+from cosyvoice.transformer.encoder import BaseEncoder
+from cosyvoice.transformer.portable import PortableEncoder
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.export import (
     CHECKED_LENGTHS,
     TRACED_LENGTH,
     ExportError,
@@ -41,8 +41,7 @@ from cosyvoice.utils.export import (  # noqa: E402
     load_modules,
     quiet_tracing,
 )
-from taste.atomic import atomic_path  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
+from cosyvoice.utils.settings import Settings, parse_settings
 
 MODEL_DIR = None  # str: model folder to export (required)
 OUTPUT_DIR = None  # str: where to write; none: into the model folder

@@ -35,22 +35,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.cli.model import CosyVoiceModel  # noqa: E402
-from cosyvoice.dataset import processor  # noqa: E402
-from cosyvoice.dataset.dataset import Dataset, read_data_list  # noqa: E402
-from cosyvoice.dataset.sample import REMAKE_SHARDS, Sample  # noqa: E402
-from cosyvoice.utils.config import ConfigError, load_config  # noqa: E402
-from cosyvoice.utils.model_dir import CONFIG_FILE, WEIGHT_FILES  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.audio import write_wav  # noqa: E402
-from taste.extraction import SOME_FAILED_EXIT_CODE  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
-from taste.provenance import check_made_with, file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.dataset import processor
+from cosyvoice.dataset.dataset import Dataset, read_data_list
+from cosyvoice.dataset.sample import REMAKE_SHARDS, Sample
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.config import ConfigError, load_config
+from cosyvoice.utils.file_utils import write_wav
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
+from cosyvoice.utils.model_dir import CONFIG_FILE, WEIGHT_FILES
+from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
+from cosyvoice.utils.provenance import check_made_with, file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 
 CONFIG = None  # str: cosyvoice.yaml with data_pipeline; none: the one in --model_dir
 PROMPT_DATA = None  # str: data.list of the utterances that lend their voices (required)

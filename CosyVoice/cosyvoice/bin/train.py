@@ -27,22 +27,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.checkpoint import (  # noqa: E402
+from cosyvoice.utils.checkpoint import (
     NOTES_FILE,
     Ema,
     flat_settings,
     load_initial_weights,
     load_state_file,
 )
-from cosyvoice.utils.config import load_config, read_config  # noqa: E402
-from cosyvoice.utils.executor import LAST_FOLDER, Executor, Outcome, seed_everything  # noqa: E402
-from cosyvoice.utils.published_flags import as_own_settings, ignored, without_groups  # noqa: E402
-from cosyvoice.utils.stops import NonFiniteLossError, RunStopped  # noqa: E402
-from cosyvoice.utils.train_log import TrainLog  # noqa: E402
-from cosyvoice.utils.train_utils import (  # noqa: E402
+from cosyvoice.utils.config import load_config, read_config
+from cosyvoice.utils.executor import LAST_FOLDER, Executor, Outcome, seed_everything
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.published_flags import as_own_settings, ignored, without_groups
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
+from cosyvoice.utils.train_log import TrainLog
+from cosyvoice.utils.train_utils import (
     batch_source,
     build_turns,
     check_data_list,
@@ -53,10 +56,6 @@ from cosyvoice.utils.train_utils import (  # noqa: E402
     read_train_conf,
     resolved_config,
 )
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.output_lock import OutputBusyError, OutputLock  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

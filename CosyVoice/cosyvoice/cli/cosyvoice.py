@@ -21,7 +21,7 @@ from cosyvoice.utils.model_dir import (
     ModelDir,
     load_part,
 )
-from taste.tensor_file import save_tensors
+from cosyvoice.utils.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.atomic import atomic_path, remove_leftovers
 from cosyvoice.utils.config import Call
 from cosyvoice.utils.model_dir import load_state, read_weights
-from taste.atomic import atomic_path, remove_leftovers
-from taste.tensor_file import save_tensors
+from cosyvoice.utils.tensor_file import save_tensors
 
 STATE_FILE = "state.pt"  # in model_dir/last
 NOTES_FILE = "state.json"  # the readable part of it

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.checkpoint import (
     Ema,
     differences,
@@ -28,9 +29,8 @@ from cosyvoice.utils.config import random_states_kept
 from cosyvoice.utils.muon import group_settings
 from cosyvoice.utils.scheduler import StepSchedule, WarmupCosine
 from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
+from cosyvoice.utils.tensor_file import save_tensors
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog, shown_time
-from taste.atomic import atomic_path
-from taste.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

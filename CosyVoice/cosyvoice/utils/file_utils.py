@@ -1,11 +1,14 @@
-"""Reads recordings."""
+"""Reads and writes recordings."""
 
 import logging  # noqa: F401 - scripts for the published code import it from here
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from cosyvoice.utils.atomic import atomic_path
 
 MIN_SAMPLE_RATE_HZ = 16_000  # below this the S3 tokenizer and the speaker encoder lack half of their spectrum
 
@@ -48,3 +51,27 @@ def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = MIN_SAMPL
     if sample_rate_hz < min_sr:
         raise ValueError(f"{wav} has {sample_rate_hz} Hz; prompts need at least {min_sr} Hz")
     return torchaudio.functional.resample(waveform, *resampling_rates(sample_rate_hz, target_sr))
+
+
+def write_wav(path: str | os.PathLike[str], waveform: Tensor, sample_rate_hz: int) -> None:
+    """Write 16-bit mono sound, atomically.
+
+    Args:
+        path: the file to write; its folder is made if missing.
+        waveform: [N] or [1, N], float; values beyond -1..1 are clipped.
+        sample_rate_hz: its rate.
+
+    Raises:
+        ValueError: the waveform has more than one channel, or values that are no numbers.
+    """
+    import soundfile
+
+    samples = waveform.detach().to("cpu", torch.float32)
+    if samples.dim() == 2 and samples.shape[0] == 1:
+        samples = samples[0]
+    if samples.dim() != 1:
+        raise ValueError(f"{path}: expected a waveform [N] or [1, N], got {list(waveform.shape)}")
+    if not torch.isfinite(samples).all():
+        raise ValueError(f"{path}: the waveform holds values that are not finite numbers; nothing is written")
+    with atomic_path(path) as temporary:
+        soundfile.write(str(temporary), samples.clamp(-1, 1).numpy(), sample_rate_hz, subtype="PCM_16", format="WAV")

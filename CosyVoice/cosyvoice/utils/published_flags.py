@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cosyvoice.utils.model_dir import WEIGHT_FILES
-from taste.settings import Settings
+from cosyvoice.utils.settings import Settings
 
 IGNORED = ("dist_backend", "pin_memory", "timeout", "deepspeed_config", "save_states")
 FLAG_GROUP = re.compile(r"--(ddp|deepspeed)\.")

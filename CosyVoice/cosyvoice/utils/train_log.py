@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"

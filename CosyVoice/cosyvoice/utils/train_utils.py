@@ -11,10 +11,10 @@ from torch import nn
 from cosyvoice.utils.checkpoint import flat_settings
 from cosyvoice.utils.config import ConfigError, has_key, load_config, read_config
 from cosyvoice.utils.executor import Batch, TrainConfig, Turn
+from cosyvoice.utils.interrupt import obey_parent_alone, signals_held_back
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
 from cosyvoice.utils.prefetch import prefetched
 from cosyvoice.utils.scheduler import build_scheduler
-from taste.interrupt import obey_parent_alone, signals_held_back
 
 if TYPE_CHECKING:
     from torch.utils.data import IterableDataset

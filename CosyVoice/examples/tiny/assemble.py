@@ -28,17 +28,18 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from recipe_results import describe_results  # noqa: E402
+from recipe_results import describe_results
 
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.model_dir import load_weights, read_torch_file  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.pretrained_parts import PARTS_FILE  # noqa: E402
-from taste.recordings import read_table  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
+import taste
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.model_dir import load_weights, read_torch_file
+from cosyvoice.utils.settings import Settings, parse_settings
+from taste.pretrained_parts import PARTS_FILE
+from taste.recordings import read_table
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # the recipe's folder
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # the configuration of the training
@@ -192,7 +193,7 @@ def verify(folder: Path) -> None:
         ValueError: a part does not work; the process has said which.
     """
     words = ["--model-dir", str(folder), "--verify-only", "--deep-verify", "--device", "cpu"]
-    if subprocess.run([sys.executable, str(_REPOSITORY / "setup_cosyvoice.py"), *words], check=False).returncode:
+    if subprocess.run([sys.executable, str(taste.REPOSITORY / "setup_cosyvoice.py"), *words], check=False).returncode:
         raise ValueError("the new folder does not work (see above); what stood in its place is untouched")
 
 

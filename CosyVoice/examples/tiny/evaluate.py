@@ -33,25 +33,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from evaluation_table import CONDITIONS, SYNTHETIC, summarise, table_rows, to_markdown, to_text  # noqa: E402
-from listeners import VoiceJudge, hear_in_worker, open_recogniser, similarity, start_worker  # noqa: E402
+from evaluation_table import CONDITIONS, SYNTHETIC, summarise, table_rows, to_markdown, to_text
+from listeners import VoiceJudge, hear_in_worker, open_recogniser, similarity, start_worker
 
-from cosyvoice.cli.cosyvoice import CosyVoice  # noqa: E402
-from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file  # noqa: E402
-from taste.asr import ListenerMissingError  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.audio import AudioError, read_audio, write_wav  # noqa: E402
-from taste.checkpoint import write_json  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.manifest import read_manifest  # noqa: E402
-from taste.plots import plot_mels  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.recordings import read_table  # noqa: E402
-from taste.s3_units import open_extractor, read_recording  # noqa: E402
-from taste.speaker import SpeakerEncoder  # noqa: E402
+import taste
+from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.file_utils import write_wav
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file
+from cosyvoice.utils.provenance import file_digest
+from taste.asr import ListenerMissingError
+from taste.audio import AudioError, read_audio
+from taste.checkpoint import write_json
+from taste.manifest import read_manifest
+from taste.plots import plot_mels
+from taste.recordings import read_table
+from taste.s3_units import open_extractor, read_recording
+from taste.speaker import SpeakerEncoder
 
 SPEAKER_VECTORS_FILE = "spk2embedding.pt"  # of a data folder: {speaker: averaged vector}
 MODEL_FILES = ("llm.pt", "flow.pt", "hift.pt", SPEECH_TOKENIZER_FILE, SPEAKER_MODEL_FILE, "cosyvoice.yaml")
@@ -408,7 +410,7 @@ def _quiet_model() -> Iterator[None]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-dir", type=Path, default=REPOSITORY / "CosyVoice-tiny", help="model folder")
+    parser.add_argument("--model-dir", type=Path, default=taste.REPOSITORY / "CosyVoice-tiny", help="model folder")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data-dir", type=Path, help="folder with wav.scp, text and utt2spk")
     data.add_argument("--manifest", type=Path, help=".jsonl manifest")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from resumable import LoggedTraining
 from whisper_batches import Batch, Example, Plan, collate, plan_batches
 
-from taste.settings import Settings
+from cosyvoice.utils.settings import Settings
 
 _MEASURED_FRAMES = 10_000  # of a batch that is measured
 

@@ -31,30 +31,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-import train_taste  # noqa: E402
-from corpus_reader import read_split  # noqa: E402
-from joint_taste import JointModel  # noqa: E402
-from packed_features import PackedFeatures  # noqa: E402
-from resumable import LoggedTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from sharpen_whisper import comparing  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from train_whisper import recording_mel, write_whisper  # noqa: E402
-from whisper_batches import MEL_PER_FRAME, disturb, silence_of  # noqa: E402
-from whisper_start import MID_LAYER, begin_as_earlier  # noqa: E402
-from whisper_training import CLEAR_FRAMES, encode  # noqa: E402
+import train_taste
+from corpus_reader import read_split
+from joint_taste import JointModel
+from packed_features import PackedFeatures
+from resumable import LoggedTraining, pick_dtype, resume, run_to_the_end, save_checkpoint
+from sharpen_whisper import comparing
+from tqdm import tqdm
+from train_whisper import recording_mel, write_whisper
+from whisper_batches import MEL_PER_FRAME, disturb, silence_of
+from whisper_start import MID_LAYER, begin_as_earlier
+from whisper_training import CLEAR_FRAMES, encode
 
-from cosyvoice.utils.model_dir import sizes  # noqa: E402
-from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
-from taste.batch import Batch  # noqa: E402
-from taste.build import build_together  # noqa: E402
-from taste.checkpoint import write_json  # noqa: E402
-from taste.pretrained_parts import PARTS_FILE, write_parts  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.scoring import Totals  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from cosyvoice.utils.model_dir import sizes
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from taste.batch import Batch
+from taste.build import build_together
+from taste.checkpoint import write_json
+from taste.pretrained_parts import PARTS_FILE, write_parts
+from taste.scoring import Totals
 
 # B batch   A Whisper frames, 50 Hz   D channels of the encoder   W mel frames, 100 Hz
 

@@ -35,11 +35,11 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import PLAN_FILE  # noqa: E402
-from flite_speech import (  # noqa: E402
+from corpus_reader import PLAN_FILE
+from flite_speech import (
     SAMPLE_RATE_HZ,
     VOICES,
     Reading,
@@ -48,11 +48,12 @@ from flite_speech import (  # noqa: E402
     pitch_on_grid,
     synthesise,
 )
-from grammar import SentenceMaker, sentence_key, words_of  # noqa: E402
+from grammar import SentenceMaker, sentence_key, words_of
 
-from taste.atomic import atomic_path  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.manifest import read_manifest  # noqa: E402
+import taste
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.interrupt import StopRequest
+from taste.manifest import read_manifest
 
 SPEAKERS_PER_VOICE = 11
 # Of the speakers: factors on the voice's own pitch. Beyond them pocketsphinx, which judges the model, mistakes at least
@@ -393,7 +394,9 @@ def main(argv: list[str] | None = None) -> int:
     corpus = args.work_dir / "corpus"
     try:
         flite = find_flite()
-        demo = [item.text for split in ("train", "test") for item in read_manifest(REPOSITORY / f"json/{split}.jsonl")]
+        demo = [
+            item.text for split in ("train", "test") for item in read_manifest(taste.REPOSITORY / f"json/{split}.jsonl")
+        ]
         plan = plan_corpus(args.hours, args.lively_hours, args.dev, args.test, args.seed, demo)
         assert not {sentence_key(text) for text in demo} & {sentence_key(item.reading.text) for item in plan}
         plan = read_some_lively(plan, args.seed, flite)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import soundfile
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from flite_speech import (  # noqa: E402
+from flite_speech import (
     SAMPLE_RATE_HZ,
     VOICES,
     Reading,
@@ -35,6 +35,8 @@ from flite_speech import (  # noqa: E402
     pitch_on_grid,
     synthesise,
 )
+
+import taste
 
 RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
 PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
@@ -188,7 +190,7 @@ def write_corpus(output_dir: Path, seed: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and make the corpus; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = _REPOSITORY / "json"
+    default_dir = taste.REPOSITORY / "json"
     parser.add_argument("--output-dir", "--output_dir", type=Path, default=default_dir, help="folder of the manifests")
     parser.add_argument("--seed", type=int, default=7, help="of rates, pitches and levels")
     args = parser.parse_args(argv)

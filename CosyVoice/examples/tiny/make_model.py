@@ -25,22 +25,23 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
-from s3tokenizer.model import ModelConfig  # noqa: E402
-from seeded_encoders import FITTED_CODES, WHISPER_STATE_SCALE, seed_convolutions, seed_s3_tokenizer  # noqa: E402
-from speaker_onnx import build_speaker_encoder  # noqa: E402
+from s3_tokenizer_onnx import build_speech_tokenizer
+from s3tokenizer.model import ModelConfig
+from seeded_encoders import FITTED_CODES, WHISPER_STATE_SCALE, seed_convolutions, seed_s3_tokenizer
+from speaker_onnx import build_speaker_encoder
 
-from cosyvoice.utils.audio import speaker_fbank, whisper_log_mel  # noqa: E402
-from cosyvoice.utils.config import load_config, read_config  # noqa: E402
-from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.manifest import Utterance, read_manifest  # noqa: E402
-from taste.s3_units import HEAD_WIDTH  # noqa: E402
+import taste
+from cosyvoice.utils.audio import speaker_fbank, whisper_log_mel
+from cosyvoice.utils.config import load_config, read_config
+from cosyvoice.utils.onnx_session import OnnxSession
+from taste.audio import read_audio
+from taste.manifest import Utterance, read_manifest
+from taste.s3_units import HEAD_WIDTH
 
-EXAMPLES = REPOSITORY / "CosyVoice" / "examples"
+EXAMPLES = taste.REPOSITORY / "CosyVoice" / "examples"
 README_TEMPLATE = Path(__file__).with_name("model_readme.md.in")
 PARTS = ("llm", "flow", "hift")
 SAMPLE_RATE_HZ = 16_000
@@ -209,9 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and build the folder; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny (30 MB) or 300m (the published sizes)")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "CosyVoice-tiny", help="folder to make")
+    parser.add_argument("--output", type=Path, default=taste.REPOSITORY / "CosyVoice-tiny", help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of every random number")
-    parser.add_argument("--manifest", type=Path, default=REPOSITORY / "json" / "train.jsonl", help="recordings to fit")
+    parser.add_argument(
+        "--manifest", type=Path, default=taste.REPOSITORY / "json" / "train.jsonl", help="recordings to fit"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     output = args.output.resolve()

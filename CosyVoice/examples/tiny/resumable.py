@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taste.atomic import atomic_path
-from taste.interrupt import StopRequest
-from taste.settings import Settings
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.settings import Settings
 
 WARMUP_SHARE = 0.1  # of all steps
 LOG_EVERY = 20  # steps; a GPU is waited for no more often

@@ -24,8 +24,8 @@
 set -euo pipefail
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 REPOSITORY="$(cd -- "$HERE/../../.." && pwd)"
-# shellcheck source=../../../taste/settings.sh
-source "$REPOSITORY/taste/settings.sh"
+# shellcheck source=../../cosyvoice/utils/settings.sh
+source "$REPOSITORY/CosyVoice/cosyvoice/utils/settings.sh"
 source "$HERE/../recipe_lib.sh"
 
 STAGE="${STAGE:-0}"                            # first stage to do
@@ -79,7 +79,7 @@ make_corpus() {
 }
 
 train_tokenizer() {
-    local device="$DEVICE" find_device='from taste.settings import pick_device; print(pick_device("auto"))'
+    local device="$DEVICE" find_device='from cosyvoice.utils.settings import pick_device; print(pick_device("auto"))'
     [[ "$device" != auto ]] || device="$("$PYTHON" -c "$find_device")"
     needs 0 "$CORPUS"/{train,dev,test}/{wav.scp,phones}
     gives "$S3_TOKENIZER"

@@ -30,15 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import Spoken, read_split  # noqa: E402
-from frame_training import FrameTraining  # noqa: E402
-from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from s3tokenizer.utils import onnx2torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from train_whisper import (  # noqa: E402
+from corpus_reader import Spoken, read_split
+from frame_training import FrameTraining
+from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint
+from s3tokenizer.utils import onnx2torch
+from tqdm import tqdm
+from train_whisper import (
     fit_units,
     prepare_all,
     read_units,
@@ -46,10 +46,10 @@ from train_whisper import (  # noqa: E402
     unit_classes,
     write_whisper,
 )
-from transformers import WhisperForConditionalGeneration  # noqa: E402
-from transformers.models.whisper.modeling_whisper import WhisperEncoder  # noqa: E402
-from unit_codes import unit_codes  # noqa: E402
-from whisper_batches import (  # noqa: E402
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from unit_codes import unit_codes
+from whisper_batches import (
     TIMES,
     Batch,
     Example,
@@ -58,14 +58,14 @@ from whisper_batches import (  # noqa: E402
     open_batches,
     plan_batches,
 )
-from whisper_start import MID_LAYER, begin_as_earlier, begin_as_tokenizer, graft, tokenizer_sizes  # noqa: E402
-from whisper_training import IGNORED, States, UnitNames, encode  # noqa: E402
+from whisper_start import MID_LAYER, begin_as_earlier, begin_as_tokenizer, graft, tokenizer_sizes
+from whisper_training import IGNORED, States, UnitNames, encode
 
-from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE  # noqa: E402
-from taste.checkpoint import write_json  # noqa: E402
-from taste.linear_fits import ridge, widest_directions  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
+from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from taste.checkpoint import write_json
+from taste.linear_fits import ridge, widest_directions
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/
 EARLIER = Path("CosyVoice-tiny/whisper")  # folder of the encoder whose states to keep

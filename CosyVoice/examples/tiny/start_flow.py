@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import Spoken, read_split  # noqa: E402
-from resumable import run_to_the_end  # noqa: E402
-from start_llm import spread_codes  # noqa: E402
+from corpus_reader import Spoken, read_split
+from resumable import run_to_the_end
+from start_llm import spread_codes
 
-from cosyvoice.flow.flow import MaskedDiffWithXvec  # noqa: E402
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.s3_units import load_s3_tokenizer  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
-from taste.tensor_file import save_tensors  # noqa: E402
+from cosyvoice.flow.flow import MaskedDiffWithXvec
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.settings import Settings, parse_settings
+from cosyvoice.utils.tensor_file import save_tensors
+from cosyvoice.utils.train_utils import load_model
+from taste.audio import read_audio
+from taste.s3_units import load_s3_tokenizer
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; flow_start/ is made in it
 CONFIG = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # sizes of the flow, and its mel

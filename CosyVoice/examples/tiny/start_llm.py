@@ -29,21 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import PAUSE, PHONES, Spoken, read_split  # noqa: E402
-from flite_speech import find_flite  # noqa: E402
-from resumable import learning_rate, run_to_the_end  # noqa: E402
-from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
+from corpus_reader import PAUSE, PHONES, Spoken, read_split
+from flite_speech import find_flite
+from resumable import learning_rate, run_to_the_end
+from word_times import Span, pronounce_texts, time_tokens
 
-from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.s3_units import load_s3_tokenizer  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.tensor_file import save_tensors  # noqa: E402
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.tensor_file import save_tensors
+from cosyvoice.utils.train_utils import load_model
+from taste.s3_units import load_s3_tokenizer
 
 # B texts   T text tokens   H phones of a token   D channels of the language model
 

@@ -31,27 +31,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import PAUSE, PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split  # noqa: E402
-from flite_speech import find_flite  # noqa: E402
-from packed_features import PackedRows, cut_batches  # noqa: E402
-from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words  # noqa: E402
-from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from unit_codes import unit_codes  # noqa: E402
-from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
+from corpus_reader import PAUSE, PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split
+from flite_speech import find_flite
+from packed_features import PackedRows, cut_batches
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words
+from resumable import LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint
+from unit_codes import unit_codes
+from word_times import Span, pronounce_texts, time_tokens
 
-from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights  # noqa: E402
-from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
-from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog  # noqa: E402
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.linear_fits import ridge  # noqa: E402
-from taste.provenance import file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.tensor_file import save_tensors  # noqa: E402
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
+from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.tensor_file import save_tensors
+from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog
+from cosyvoice.utils.train_utils import load_model
+from taste.linear_fits import ridge
 
 # B batch   T text tokens   S S3 units, 50 Hz
 

@@ -33,22 +33,22 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import Spoken, character_classes, phone_classes, plan_of, read_split, spell  # noqa: E402
-from s3_tokenizer_onnx import build_speech_tokenizer  # noqa: E402
-from s3_tokenizer_training import Recognised, TokenizerTeacher, read_characters, recogniser_loss  # noqa: E402
-from s3tokenizer.model import ModelConfig  # noqa: E402
-from seeded_encoders import fit_codebook  # noqa: E402
+from corpus_reader import Spoken, character_classes, phone_classes, plan_of, read_split, spell
+from s3_tokenizer_onnx import build_speech_tokenizer
+from s3_tokenizer_training import Recognised, TokenizerTeacher, read_characters, recogniser_loss
+from s3tokenizer.model import ModelConfig
+from seeded_encoders import fit_codebook
 
-from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
-from cosyvoice.utils.muon import MuonWithAdamW, muon_groups  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.interrupt import StopRequest  # noqa: E402
-from taste.provenance import digest  # noqa: E402
-from taste.s3_units import HEAD_WIDTH, count_units, load_s3_tokenizer, open_extractor  # noqa: E402
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.audio import whisper_log_mel
+from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
+from cosyvoice.utils.provenance import digest
+from taste.audio import read_audio
+from taste.s3_units import HEAD_WIDTH, count_units, load_s3_tokenizer, open_extractor
 
 SAMPLE_RATE_HZ = 16_000
 MEL_BINS = 128

@@ -26,21 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import plan_of, read_split  # noqa: E402
-from resumable import learning_rate, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from speaker_net import MarginClassifier, SpeakerNet  # noqa: E402
-from speaker_onnx import export_speaker_encoder  # noqa: E402
+from corpus_reader import plan_of, read_split
+from resumable import learning_rate, resume, run_to_the_end, save_checkpoint
+from speaker_net import MarginClassifier, SpeakerNet
+from speaker_onnx import export_speaker_encoder
 
-from cosyvoice.utils.audio import speaker_fbank  # noqa: E402
-from cosyvoice.utils.onnx_session import OnnxSession  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.checkpoint import write_json  # noqa: E402
-from taste.manifest import read_manifest  # noqa: E402
-from taste.settings import Settings, parse_settings  # noqa: E402
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.audio import speaker_fbank
+from cosyvoice.utils.onnx_session import OnnxSession
+from cosyvoice.utils.settings import Settings, parse_settings
+from taste.audio import read_audio
+from taste.checkpoint import write_json
+from taste.manifest import read_manifest
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; speaker_encoder/ is made in it
 EPOCHS = 8  # passes over the training split

@@ -29,32 +29,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from joint_taste import JointModel, measure, start_codebooks  # noqa: E402
-from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach  # noqa: E402
-from packed_features import PackedFeatures  # noqa: E402
-from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds  # noqa: E402
-from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
+from joint_taste import JointModel, measure, start_codebooks
+from listening_lesson import find_tokens, from_alignment, from_words, hear_sounds, teach
+from packed_features import PackedFeatures
+from reading_lessons import SOUNDS_FILE, WORDS_FILE, WordSounds
+from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_end, save_checkpoint
 
-import model_code  # noqa: E402
-from cosyvoice.llm.llm import TransformerLM  # noqa: E402
-from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_torch_file, read_weights, sizes  # noqa: E402
-from cosyvoice.utils.train_utils import load_model  # noqa: E402
-from taste.atomic import atomic_path  # noqa: E402
-from taste.batch import Batch  # noqa: E402
-from taste.build import TasteSizes, build_together  # noqa: E402
-from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly  # noqa: E402
-from taste.fitted_start import fit_new_parts  # noqa: E402
-from taste.fitted_taste import quiet_branch  # noqa: E402
-from taste.model import VARIANTS as ALL_VARIANTS  # noqa: E402
-from taste.plots import plot_comparison  # noqa: E402
-from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.size_defaults import SMALL  # noqa: E402
-from taste.tensor_file import save_tensors  # noqa: E402
-from taste.train_state import Progress, StepRecord  # noqa: E402
+import model_code
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_torch_file, read_weights, sizes
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.tensor_file import save_tensors
+from cosyvoice.utils.train_utils import load_model
+from taste.batch import Batch
+from taste.build import TasteSizes, build_together
+from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly
+from taste.fitted_start import fit_new_parts
+from taste.fitted_taste import quiet_branch
+from taste.model import VARIANTS as ALL_VARIANTS
+from taste.plots import plot_comparison
+from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
+from taste.size_defaults import SMALL
+from taste.train_state import Progress, StepRecord
 
 # B batch   S S3 units, 50 Hz
 

@@ -30,18 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-_REPOSITORY = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(_REPOSITORY), str(_REPOSITORY / "CosyVoice"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import PHONES, Spoken, phone_classes, read_split  # noqa: E402
-from flite_speech import find_flite  # noqa: E402
-from frame_training import FrameTraining  # noqa: E402
-from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration  # noqa: E402
-from unit_codes import unit_codes  # noqa: E402
-from whisper_batches import BANDS, TIMES, Batch, Example, collate, open_batches  # noqa: E402
-from whisper_start import (  # noqa: E402
+from corpus_reader import PHONES, Spoken, phone_classes, read_split
+from flite_speech import find_flite
+from frame_training import FrameTraining
+from resumable import pick_dtype, resume, run_to_the_end, save_checkpoint
+from tqdm import tqdm
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from unit_codes import unit_codes
+from whisper_batches import BANDS, TIMES, Batch, Example, collate, open_batches
+from whisper_start import (
     MEL_BINS,
     MID_LAYER,
     WIDTH,
@@ -49,19 +49,19 @@ from whisper_start import (  # noqa: E402
     begin_as_tokenizer,
     take_teacher,
 )
-from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode  # noqa: E402
-from word_times import Span, pronounce_texts, time_tokens  # noqa: E402
+from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode
+from word_times import Span, pronounce_texts, time_tokens
 
-from cosyvoice.utils.audio import whisper_log_mel  # noqa: E402
-from cosyvoice.utils.config import load_config  # noqa: E402
-from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE, read_torch_file  # noqa: E402
-from taste.audio import read_audio  # noqa: E402
-from taste.checkpoint import write_json  # noqa: E402
-from taste.provenance import digest, file_digest  # noqa: E402
-from taste.settings import Settings, parse_settings, pick_device  # noqa: E402
-from taste.text import tokenize  # noqa: E402
-from taste.threads import torch_threads_kept  # noqa: E402
-from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder  # noqa: E402
+from cosyvoice.utils.audio import whisper_log_mel
+from cosyvoice.utils.config import load_config
+from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE, read_torch_file
+from cosyvoice.utils.provenance import digest, file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from taste.audio import read_audio
+from taste.checkpoint import write_json
+from taste.text import tokenize
+from taste.threads import torch_threads_kept
+from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows

@@ -24,8 +24,8 @@
 set -euo pipefail
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$HERE/path.sh"
-# shellcheck source=../../../../taste/settings.sh
-source "$REPOSITORY/taste/settings.sh"
+# shellcheck source=../../../cosyvoice/utils/settings.sh
+source "$REPOSITORY/CosyVoice/cosyvoice/utils/settings.sh"
 source "$HERE/../../recipe_lib.sh"
 
 STAGE="${STAGE:--1}"                                    # first stage to do

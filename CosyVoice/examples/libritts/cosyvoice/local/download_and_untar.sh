@@ -11,8 +11,8 @@
 set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=../../../../../taste/settings.sh
-source "$HERE/../../../../../taste/settings.sh"
+# shellcheck source=../../../../cosyvoice/utils/settings.sh
+source "$HERE/../../../../cosyvoice/utils/settings.sh"
 
 MD5SUMS="${MD5SUMS:-$HERE/md5sums.txt}"
 CANNOT_RESUME=(33 36) # curl's exit codes where the server cannot begin in the middle of a file

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import soundfile
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[5]))
 
+from cosyvoice.utils.settings import parse_settings
 from taste.audio import AudioError
 from taste.manifest import Utterance, read_manifest
-from taste.settings import parse_settings
 
 MANIFEST = None  # str: .jsonl manifest
 ROOT = "corpus"  # folder that holds LibriTTS/

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[5]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 
-from taste.atomic import atomic_path
-from taste.settings import parse_settings
+from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE
+from cosyvoice.utils.settings import parse_settings
 
 SRC_DIR = None  # str: a part of LibriTTS, e.g. LibriTTS/dev-clean
 DES_DIR = None  # str: folder of the lists
 INSTRUCT = None  # str: one instruction for every utterance, in place of none
 
-_SOME_FAILED_EXIT_CODE = 3
 _TEXT_SUFFIX = ".normalized.txt"
 
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{folder}: {len(recordings)} utterances of {len({item.speaker for item in recordings})} speakers")
-    return _SOME_FAILED_EXIT_CODE if unusable else 0
+    return SOME_FAILED_EXIT_CODE if unusable else 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SOME_FAILED_EXIT_CODE = 3  # a program is done, but for inputs that it could not use and has listed
 FIRST_SIGNAL_EXIT_CODE = 128  # shells add the signal's number
 REPEAT_SECONDS = 5.0  # after the first signal; more of them are the same request: SLURM and a launcher both pass it on
 

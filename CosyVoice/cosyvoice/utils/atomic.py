@@ -36,7 +36,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files that killed processes left while writing `path`.
 
-    Only for a caller who holds the right to write `path` (see `taste.output_lock`).
+    Only for a caller who holds the right to write `path` (see `cosyvoice.utils.output_lock`).
 
     Args:
         path: the file that was being written.

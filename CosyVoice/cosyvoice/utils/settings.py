@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Turns the UPPER_CASE settings at the top of a shell script into its command line, as taste/settings.py does for
+# Turns the UPPER_CASE settings at the top of a shell script into its command line, as settings.py does for
 # Python, and runs commands so that a signal lets them save their work. Sourced by the script, never run.
 #
 #     BATCH_SIZE="${BATCH_SIZE:-16}"  # recordings at once

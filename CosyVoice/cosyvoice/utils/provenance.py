@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 DIGEST_DIGITS = 16
 

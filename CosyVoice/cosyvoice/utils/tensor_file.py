@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from taste.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path
 
 
 def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
