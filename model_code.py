@@ -39,10 +39,11 @@ from taste.aggregator import SimpleTextSpeechAggregator
 from taste.comparison import compare_variants
 from taste.model import CosyVoiceS3Model
 from taste.released_run import evaluate_released
+from taste.run_start import run_folder_of
 from taste.samples import sampling_of
 from taste.size_defaults import with_defaults
 from taste.tokenizer_run import decode_folder, encode_manifest
-from taste.variant_run import run_folder_of, run_variant
+from taste.variant_run import run_variant
 
 __all__ = ["CosyVoiceS3Model", "SimpleTextSpeechAggregator", "main"]
 

@@ -12,7 +12,8 @@ from taste.measure_table import PAPER
 from taste.model import VARIANTS
 from taste.plots import plot_comparison
 from taste.run_report import TABLE_FILE, measures_of, write_run_report
-from taste.variant_run import run_folder_of, run_variant
+from taste.run_start import run_folder_of
+from taste.variant_run import run_variant
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

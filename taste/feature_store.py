@@ -202,7 +202,7 @@ class FeatureWriter:
         return size <= AUTO_SINGLE_LIMIT_BYTES and size + DISK_RESERVE_BYTES <= free
 
     def _merge(self, chunks: list[Path]) -> None:
-        """One file from the earlier one and the chunks; their tensors are mapped, so memory stays small."""
+        """One file from the earlier one and the chunks; tensors are mapped, so memory stays small, lists are held."""
         merged = dict(open_features(self.output_path))
         try:
             _save(self.output_path, self._layout(merged))

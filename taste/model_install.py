@@ -93,12 +93,9 @@ class Installer:
             DiskSpaceError: the disk has no room for what is missing.
             OutputBusyError: another process is filling this folder.
         """
-        lock = OutputLock(self.folder)
-        try:
+        with OutputLock(self.folder):
             finish_swap(self.folder, self.say, STAGING_NAME)
             self._fill(self.folder)
-        finally:
-            lock.release()
 
     def replace(self) -> None:
         """Fetch everything anew beside the folder, and put it in the folder's place once it is complete.
@@ -112,15 +109,12 @@ class Installer:
             SwapError: the new folder is complete but cannot take the old one's place.
             OutputBusyError: another process is filling this folder.
         """
-        lock = OutputLock(self.folder)
-        try:
+        with OutputLock(self.folder):
             finish_swap(self.folder, self.say, STAGING_NAME)
             fresh = fresh_folder(self.folder)
             self._fill(fresh)
             save_manifest(fresh, {**read_manifest(self.folder), **read_manifest(fresh)})
             swap(self.folder, self.say, STAGING_NAME)
-        finally:
-            lock.release()
 
     def _fill(self, folder: Path) -> None:
         records = read_manifest(folder)

@@ -1,6 +1,7 @@
 """Evaluates a released TASTE on a test set, as a run of variant `taste` that was trained elsewhere."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosyvoice.utils.model_dir import get_tokenizer, sizes
+from cosyvoice.utils.output_lock import OutputLock
 from cosyvoice.utils.settings import Settings
 from taste.audio_use import listen
 from taste.released_data import ReleasedDataset
 from taste.released_folder import check_same_sizes, speaker_model_warning
+from taste.run_data import open_data
+from taste.run_start import run_folder_of
 from taste.samples import show
 from taste.scoring import evaluate
-from taste.variant_run import open_data, run_folder_of, sole_writer, write_results
+from taste.variant_run import write_results
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,7 +77,7 @@ def evaluate_released(
     from taste.official import load_taste_checkpoint
 
     check_settings(settings)
-    say = partial(print, flush=True) if accelerator.is_main_process else _say_nothing
+    say = accelerator.on_main_process(partial(print, flush=True))
     folder, model_dir = Path(settings.taste_checkpoint), settings.cosyvoice_model_dir
     run_folder = run_folder_of(settings)
     if (run_folder / "checkpoints").is_dir():
@@ -86,7 +90,7 @@ def evaluate_released(
     if warning := speaker_model_warning(folder, model_dir):
         say(warning)
     test_set = ReleasedDataset.of(test_set, taste.to(accelerator.device), get_tokenizer(model_dir))
-    with sole_writer(run_folder, accelerator):
+    with OutputLock(run_folder) if accelerator.is_main_process else nullcontext():
         say(f"evaluating {folder}")
         torch.manual_seed(settings.seed)
         results: dict[str, Any] = {"checkpoint": str(folder)}
@@ -98,7 +102,3 @@ def evaluate_released(
             settings.save(run_folder / "settings.json")
             write_results(settings, results, run_folder)
     return results
-
-
-def _say_nothing(text: str) -> None:
-    """What all but the main process print."""

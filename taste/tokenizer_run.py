@@ -18,9 +18,9 @@ from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
 from taste.manifest import Utterance, read_manifest
 from taste.progress_bar import progress_bar
+from taste.run_start import run_folder_of
 from taste.samples import sampling_of
 from taste.tokenizer import SpeechCodes, TasteTokenizer
-from taste.variant_run import run_folder_of
 
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
 STOPPED = "stopped; what was written is whole"

@@ -24,8 +24,10 @@ from cosyvoice.utils.stops import RunStopped
 from taste.checkpoint import load_checkpoint
 from taste.data import UtteranceDataset, open_dataset
 from taste.model import CosyVoiceS3Model
+from taste.run_data import warn_of_misfits
+from taste.run_evaluation import whole_history
 from taste.training import Trainer
-from taste.variant_run import run_variant, warn_of_misfits, whole_history
+from taste.variant_run import run_variant
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features
 from tests.small_whisper import WIDTH, write_small_whisper

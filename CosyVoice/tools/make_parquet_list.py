@@ -291,8 +291,7 @@ def run(settings: Settings) -> int:
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}; expected at least 1")
     folder = Path(settings.des_dir)
-    lock = OutputLock(folder / "data.list")
-    try:
+    with OutputLock(folder / "data.list"):
         shards = plan_shards(
             read_rows(Path(settings.src_dir), settings.skip_incomplete), folder, settings.num_utts_per_parquet
         )
@@ -306,8 +305,6 @@ def run(settings: Settings) -> int:
         for name, place in (("utt2data.list", 1), ("spk2data.list", 2), ("data.list", 0)):
             with atomic_path(folder / name) as temporary:
                 temporary.write_text("".join(f"{shard[place]}\n" for shard in shards), encoding="utf-8")
-    finally:
-        lock.release()
     utterances = sum(len(shard.rows) for shard in shards)
     kept = f" ({len(shards) - written} of them kept)" if written < len(shards) else ""
     print(f"{folder / 'data.list'}: {utterances} utterances in {len(shards)} shards{kept}")

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -187,7 +187,19 @@ def _one_by_one(data: Iterable[Sample]) -> Iterator[list[Sample]]:
     return ([sample] for sample in data)
 
 
-def model_input(mode: str, tokens: Sequence[int], prompt: Mapping[str, Any]) -> dict[str, Tensor]:
+class ModelInput(TypedDict, total=False):
+    """Arguments of `CosyVoiceModel.tts`."""
+
+    text: Tensor
+    prompt_text: Tensor
+    llm_prompt_speech_token: Tensor
+    flow_prompt_speech_token: Tensor
+    prompt_speech_feat: Tensor
+    llm_embedding: Tensor
+    flow_embedding: Tensor
+
+
+def model_input(mode: str, tokens: Sequence[int], prompt: Mapping[str, Any]) -> ModelInput:
     """Choose what the model gets.
 
     Args:
@@ -196,7 +208,7 @@ def model_input(mode: str, tokens: Sequence[int], prompt: Mapping[str, Any]) -> 
         prompt: the batch of the utterance that lends its voice.
 
     Returns:
-        Arguments of `CosyVoiceModel.tts`.
+        The arguments.
     """
     text = torch.tensor([tokens], dtype=torch.int64)
     if mode == "sft":
@@ -246,8 +258,7 @@ def run(settings: Settings) -> int:
     texts = read_texts(settings.tts_text)
     shards = find_shards([text.utt for text in texts], settings.prompt_data, settings.prompt_utt2data)
     result_dir = Path(settings.result_dir)
-    lock = OutputLock(result_dir / "wav.scp")
-    try:
+    with OutputLock(result_dir / "wav.scp"):
         made_with = {"mode": settings.mode, "seed": settings.seed}
         made_with |= {name: file_digest(path) for name, path in files._asdict().items()}
         wavs = [result_dir] if any(result_dir.glob("*.wav")) else []
@@ -267,8 +278,6 @@ def run(settings: Settings) -> int:
         with atomic_path(result_dir / "wav.scp") as temporary:
             lines = [f"{text.key} {result_dir / text.key}.wav\n" for text in said]
             temporary.write_text("".join(lines), encoding="utf-8")
-    finally:
-        lock.release()
     print(f"{result_dir / 'wav.scp'}: {len(said)} wavs")
     for key, reason in failures.items():
         print(f"not said: {key}: {reason}", file=sys.stderr)
@@ -326,7 +335,7 @@ def _model_files(settings: Settings) -> ModelFiles:
         problems.append(f"MODE is {settings.mode!r}, expected {' or '.join(_MODES)}")
     if problems:
         raise ValueError("; ".join(problems))
-    return ModelFiles(*map(Path, paths.values()))
+    return ModelFiles(*(Path(path) for path in paths.values() if path is not None))
 
 
 def _device(settings: Settings) -> torch.device:

@@ -20,8 +20,8 @@ Exit codes: 0 complete, or --max_minutes are over; 1 error; 2 unknown flag; 130 
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from cosyvoice.utils.checkpoint import (
     load_state_file,
 )
 from cosyvoice.utils.config import load_config, read_config
-from cosyvoice.utils.executor import LAST_FOLDER, Executor, Outcome, seed_everything
+from cosyvoice.utils.executor import LAST_FOLDER, Batch, Executor, Outcome, seed_everything
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
 from cosyvoice.utils.provenance import file_digest
@@ -154,7 +154,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
     torch.backends.cuda.matmul.allow_tf32 = config.dtype != "fp32"
     model_dir = Path(settings.model_dir)
 
-    with _sole_writer(model_dir, accelerator):
+    with OutputLock(model_dir / LAST_FOLDER) if accelerator.is_main_process else nullcontext():
         seed_everything(config.seed)
         model = load_model(settings.config, settings.model)
         saved = load_state_file(model_dir / LAST_FOLDER)
@@ -307,7 +307,7 @@ def start_processes(settings: Settings) -> "Accelerator":
 
 def open_data(
     settings: Settings, cache: bool
-) -> tuple[Callable[[int, int], Iterator[dict[str, Any]]], Callable[[], Iterator[dict[str, Any]]]]:
+) -> tuple[Callable[[int, int], Generator[Batch, None, None]], Callable[[], Generator[Batch, None, None]]]:
     """Open the data that the configuration's pipeline prepares.
 
     Args:
@@ -346,17 +346,6 @@ def describe(settings: Settings, model: torch.nn.Module, accelerator: "Accelerat
         f"{settings.model}: {count:,} parameters, {settings.dtype}, on {accelerator.num_processes} x "
         f"{accelerator.device.type} with {torch.get_num_threads()} threads"
     )
-
-
-@contextmanager
-def _sole_writer(model_dir: Path, accelerator: "Accelerator") -> Iterator[None]:
-    """Keep a second training out of the folder."""
-    lock = OutputLock(model_dir / LAST_FOLDER) if accelerator.is_main_process else None
-    try:
-        yield
-    finally:
-        if lock:
-            lock.release()
 
 
 if __name__ == "__main__":

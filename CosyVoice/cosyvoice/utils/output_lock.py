@@ -12,6 +12,8 @@ class OutputBusyError(RuntimeError):
 class OutputLock:
     """The right to write one output, held through `<output>.lock`, which names the holder's process id.
 
+    It is had once this is made; `with` gives it back at the end of the block.
+
     The kernel frees the lock when its holder dies, so a file left by a killed process is simply taken over.
 
     Args:
@@ -43,6 +45,12 @@ class OutputLock:
         self._handle: int | None = handle
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
+
+    def __enter__(self) -> "OutputLock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give the output free and remove the lock file; a second call does nothing."""
