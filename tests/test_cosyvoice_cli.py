@@ -176,14 +176,19 @@ def test_the_fastest_speed_can_be_streamed(speak):
 
 
 @pytest.mark.parametrize("tokens", [50, CHUNK_TOKENS + OVERLAP_TOKENS, 235])
-def test_streamed_chunks_follow_the_published_arithmetic(loaded, tokens):
+@pytest.mark.parametrize("even_seams", [False, True])
+def test_streamed_chunks_follow_the_published_arithmetic(loaded, tokens, even_seams):
     """The published loop written out straight: 100 new tokens and 20 of overlap, both ends of each seam faded."""
-    flow, hift = loaded.model.flow, loaded.model.hift
+    llm, flow, hift = loaded.model.llm, loaded.model.flow, loaded.model.hift
+    model = CosyVoiceModel(llm, flow, hift, device=loaded.model.device, even_seams=even_seams)
     source = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(tokens))
     embedding = torch.randn(1, 192, generator=torch.Generator().manual_seed(1))
     no_tokens, no_mel = torch.zeros(1, 0, dtype=torch.int32), torch.zeros(1, 0, 80)
     mel_rise, mel_fall = torch.from_numpy(np.hamming(2 * OVERLAP_FRAMES)).float().chunk(2)
     rise, fall = torch.from_numpy(np.hamming(2 * CACHE_FRAMES * SAMPLES_PER_FRAME)).float().chunk(2)
+    if even_seams:
+        mel_rise, mel_fall = (part / (mel_rise + mel_fall) for part in (mel_rise, mel_fall))
+        rise, fall = (part / (rise + fall) for part in (rise, fall))
 
     torch.manual_seed(4)
     expected, rest, flow_cache, mel_tail, before = [], source, torch.zeros(1, 80, 0, 2), None, None
@@ -213,8 +218,7 @@ def test_streamed_chunks_follow_the_published_arithmetic(loaded, tokens):
 
     torch.manual_seed(4)
     got = [
-        chunk["tts_speech"]
-        for chunk in loaded.model.tts(source_speech_token=source, flow_embedding=embedding, stream=True)
+        chunk["tts_speech"] for chunk in model.tts(source_speech_token=source, flow_embedding=embedding, stream=True)
     ]
     assert [chunk.shape for chunk in got] == [chunk.shape for chunk in expected]
     scale = torch.cat(expected, dim=1).abs().max()

@@ -89,6 +89,17 @@ def test_resume_repeats_accumulated_gradients_and_float16_scales(tmp_path: Path)
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
+def test_steps_that_overflow_in_float16_are_counted_and_leave_no_nan_in_the_log(tmp_path: Path, monkeypatch) -> None:
+    made = torch.amp.GradScaler
+    # far beyond float16 for the first steps: each halves the scale
+    monkeypatch.setattr("torch.amp.GradScaler", lambda *args, **more: made(*args, **more | {"init_scale": 2.0**34}))
+    assert run(tmp_path / "llm", "llm", "--max_steps", "6", "--dtype", "fp16") == 0
+    written = (tmp_path / "llm" / "metrics.jsonl").read_text()
+    steps = [entry for entry in map(json.loads, written.splitlines()) if entry["tag"] == "TRAIN"]
+    assert "NaN" not in written and "Infinity" not in written
+    assert steps[0]["skipped"] == 1 and "grad_norm" not in steps[0]
+
+
 def test_a_state_from_other_random_numbers_differs(tmp_path: Path) -> None:
     for seed in ("1", "2"):
         assert run(tmp_path / seed, "flow", "--max_steps", "1", "--seed", seed) == 0

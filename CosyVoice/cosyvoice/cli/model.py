@@ -60,6 +60,19 @@ class Session:
     vocoder_cache: VocoderCache | None = None
 
 
+def even_window(length: int) -> np.ndarray:
+    """A Hamming window whose rising half and falling half add up to 1.
+
+    Args:
+        length: of both halves together, even.
+
+    Returns:
+        weights, [length], float64.
+    """
+    rise, fall = np.hamming(length).reshape(2, -1)
+    return np.concatenate([rise, fall]) / np.tile(rise + fall, 2)
+
+
 class CosyVoiceModel:
     """Language model, flow and vocoder.
 
@@ -70,6 +83,8 @@ class CosyVoiceModel:
         fp16: run the language model in half precision; CUDA only. The flow and the vocoder stay in float32, as the
             300M flow gives NaN in fp16 (FunAudioLLM/CosyVoice issues 999 and 1113).
         device: where to run; None takes CUDA if there is one.
+        even_seams: cross-fade streamed chunks by weights that add up to 1. The published ones, Hamming windows, which
+            False gives, add up to as much as 1.08: log-mels at a seam become that much larger in size, so quieter.
 
     Source: FunAudioLLM/CosyVoice cosyvoice/cli/model.py @ ace7c47.
     """
@@ -82,6 +97,7 @@ class CosyVoiceModel:
         fp16: bool = False,
         *,
         device: str | torch.device | None = None,
+        even_seams: bool = True,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if fp16 and self.device.type != "cuda":
@@ -101,10 +117,11 @@ class CosyVoiceModel:
         self.stream_scale_factor = 1  # >= 1; above 1 chunks grow up to the maximum
         self.token_overlap_len = 20
         self.mel_overlap_len = int(self.token_overlap_len / self.flow.input_frame_rate * MEL_FRAMES_PER_SECOND)
-        self.mel_window = np.hamming(2 * self.mel_overlap_len)
+        window = even_window if even_seams else np.hamming
+        self.mel_window = window(2 * self.mel_overlap_len)
         self.mel_cache_len = 20
         self.source_cache_len = self.mel_cache_len * MEL_HOP_SAMPLES
-        self.speech_window = np.hamming(2 * self.source_cache_len)
+        self.speech_window = window(2 * self.source_cache_len)
         self.sessions: dict[str, Session] = {}
 
     def load(self, llm_model: str | Path, flow_model: str | Path, hift_model: str | Path) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -148,8 +148,8 @@ class Executor:
         self,
         model: nn.Module,
         turns: list[Turn],
-        train_batches: Callable[[int, int], Iterator[Batch]],
-        cv_batches: Callable[[], Iterator[Batch]],
+        train_batches: Callable[[int, int], Generator[Batch, None, None]],
+        cv_batches: Callable[[], Generator[Batch, None, None]],
         config: TrainConfig,
         model_dir: Path,
         accelerator: "Accelerator",
@@ -337,7 +337,12 @@ class Executor:
             turn.scaler.update()
             turn.optimizer.zero_grad(set_to_none=True)
             lr = turn.optimizer.param_groups[0]["lr"]
-            for name, value in [*zip(names, values, strict=True), ("grad_norm", norm_value), ("lr", lr)]:
+            noted = [*zip(names, values, strict=True), ("lr", lr)]
+            if math.isfinite(norm_value):
+                noted.append(("grad_norm", norm_value))
+            if turn.scaler.is_enabled():
+                noted.append(("skipped", float(not math.isfinite(norm_value))))  # the mean is the share of such steps
+            for name, value in noted:
                 self._seen.setdefault(turn.prefix + name, []).append(value)
             self._loss = values[names.index("loss")]
         self.progress.step += 1
@@ -475,6 +480,7 @@ class Executor:
         if self.accelerator.is_main_process:
             save_tensors(self.model_dir / f"{name}.pt", _on_cpu(self.model.state_dict()))
             if averaged:
+                assert self.ema is not None
                 save_tensors(self.model_dir / f"{name}_ema.pt", _on_cpu(self.ema.weights))
             info = {
                 **self.notes["train_conf"],
