@@ -42,9 +42,10 @@ test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
 test-fast: $(VENV)/.installed-dev  ## run the tests but for the slowest and the tiny recipe's (minutes)
 	$(RUN) -m pytest -m "not slow" --ignore-glob='tests/test_tiny_*'
 
-lint: $(VENV)/.installed-dev  ## check the code's rules and format
+lint: $(VENV)/.installed-dev  ## check the code's rules, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy taste CosyVoice/cosyvoice
 
 format: $(VENV)/.installed-dev  ## put the code in its format
 	$(RUN) -m ruff check --fix .
@@ -58,5 +59,5 @@ constraints: $(VENV)/.installed-dev  ## look for newer releases of everything an
 check: test lint  ## what the continuous integration runs, without the demo
 
 clean:  ## remove all features, units and runs (not the virtual environment, not downloaded models)
-	rm -rf exp loss_curve.png .pytest_cache .ruff_cache
+	rm -rf exp loss_curve.png .pytest_cache .ruff_cache .mypy_cache
 	find utt2_output s3_output -mindepth 1 ! -name .gitkeep -delete

@@ -26,7 +26,7 @@ from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
 from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
-from taste.verify import Check, ModelPart, check_part, read_manifest
+from taste.verify import Check, ModelPart, check_part, read_records
 
 MODEL_DIR = "CosyVoice-300M"  # the model folder to complete or to check; Whisper goes into its folder `whisper`
 SOURCE = "auto"  # hub asked first: modelscope, huggingface, or auto (each model's own); the other one steps in
@@ -173,7 +173,7 @@ def check_files(folder: Path, parts: Sequence[ModelPart]) -> list[Check]:
     Returns:
         one outcome a file; each is printed.
     """
-    records = read_manifest(folder)
+    records = read_records(folder)
     checks = []
     for part in parts:
         recorded = records[part.name].files if part.name in records else {}

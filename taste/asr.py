@@ -348,7 +348,8 @@ class WhisperRecogniser:
             return ""
         options = {"language": language, "task": "transcribe"} if self._languages else {}
         sound = {"raw": samples, "sampling_rate": RECOGNISER_RATE_HZ}
-        return self._pipeline(sound, generate_kwargs=options)["text"].strip()
+        heard: Any = self._pipeline(sound, generate_kwargs=options)
+        return heard["text"].strip()
 
     def align(self, waveform: Tensor, rate_hz: int, text: str) -> list[Word] | None:
         """Give None: Whisper tells the times of words that it writes itself only.

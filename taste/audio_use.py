@@ -101,6 +101,7 @@ def codes_of(model: CosyVoiceS3Model, dataset: UtteranceDataset, device: torch.d
     # one by one: rounding in a larger batch could tip a word over to the next code
     for index in progress_bar(range(len(dataset)), "codes", "utterances"):
         example = dataset[index]
+        assert example.word_ids is not None, f"{example.utt_id} has codes, and no words"
         firsts = [start for start, _ in word_spans(example.word_ids)]
         codes.append(model.encode(collate([example]).to(device))[0, firsts].cpu())
     return codes

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ class Example(NamedTuple):
     units: Tensor  # [S] int64
     text_tokens: Tensor | None = None  # [T] int64; None where the features came without
     word_ids: Tensor | None = None  # [T] int64, the word's number of each token; None likewise
+
+    @property
+    def speech(self) -> tuple[Tensor, Tensor]:
+        """The Whisper features, known to be there: final, mid."""
+        assert self.speech_final is not None and self.speech_mid is not None, f"{self.utt_id} has no Whisper features"
+        return self.speech_final, self.speech_mid
 
     @property
     def is_finite(self) -> bool:
@@ -71,8 +77,9 @@ class Batch:
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values | tensors)
 
     @property
     def finite_rows(self) -> Tensor:

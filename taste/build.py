@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from torch import nn
 
@@ -49,6 +49,15 @@ class TasteSizes:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
+class Parts(TypedDict, total=False):
+    """What a variant has beside the language model, by the names that `CosyVoiceS3Model` takes it with."""
+
+    aggregator: SimpleTextSpeechAggregator | TasteAggregator
+    audio_branch: AudioBranch
+    fusion: nn.Module
+    quantizer: WordQuantizer
+
+
 def build_model(
     model_dir: str | Path,
     variant: str,
@@ -86,11 +95,13 @@ def build_model(
     """
     if variant not in PARTS:
         raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    if PARTS[variant] and speech_width is None:
-        raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
+    if speech_width is None:
+        if PARTS[variant]:
+            raise ValueError(f"variant {variant!r} needs Whisper features, and there are none")
+        speech_width = 0  # nobody looks at it
     llm = load_part(model_dir, "llm")
     text_width, llm_width = llm.text_embedding.embedding_dim, llm.llm_input_size
-    parts: dict[str, nn.Module] = {}
+    parts: Parts = {}
     if variant == "simple":
         parts = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
     elif PARTS[variant]:
@@ -99,9 +110,10 @@ def build_model(
             folder = Path(whisper_dir) if whisper_dir else ModelDir(model_dir).file("whisper")
             parts["aggregator"] = aggregator_from_whisper(folder, llm.text_embedding, speech_width, taste_sizes)
         if freeze_aggregator_bottom:
-            _freeze_bottom(parts["aggregator"])
-    options = {"variant": variant, "freeze_llm": freeze_llm, "use_speaker": use_speaker, "lora_rank": lora_rank}
-    return CosyVoiceS3Model(llm, **parts, **options)
+            _freeze_bottom(cast(TasteAggregator, parts["aggregator"]))
+    return CosyVoiceS3Model(
+        llm, **parts, variant=variant, freeze_llm=freeze_llm, use_speaker=use_speaker, lora_rank=lora_rank
+    )
 
 
 def build_together(
@@ -128,9 +140,9 @@ def build_together(
     models = {}
     for variant in variants:
         if variant == "simple":
-            own: dict[str, nn.Module] = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
+            own: Parts = {"aggregator": SimpleTextSpeechAggregator(text_width, speech_width)}
         else:
-            own = {name: parts[name] for name in PARTS.get(variant, ())}
+            own = cast(Parts, {name: part for name, part in parts.items() if name in PARTS.get(variant, ())})
         models[variant] = CosyVoiceS3Model(llm, **own, variant=variant)
     llm.requires_grad_(True)  # each variant has switched off what has no work in it
     llm.text_embedding.requires_grad_(False)
@@ -190,9 +202,7 @@ def _freeze_bottom(aggregator: TasteAggregator) -> None:
         part.requires_grad_(False)
 
 
-def taste_parts(
-    variant: str, text_width: int, speech_width: int, llm_width: int, taste_sizes: TasteSizes
-) -> dict[str, nn.Module]:
+def taste_parts(variant: str, text_width: int, speech_width: int, llm_width: int, taste_sizes: TasteSizes) -> Parts:
     """What `taste_novq` and `taste` have beside the language model.
 
     Args:
@@ -203,13 +213,13 @@ def taste_parts(
         taste_sizes: everything else.
 
     Returns:
-        modules by the names that `CosyVoiceS3Model` takes them with.
+        the modules.
 
     Raises:
         ValueError: a size does not fit another one.
     """
     given = taste_sizes
-    parts: dict[str, nn.Module] = {
+    parts: Parts = {
         "aggregator": TasteAggregator(
             text_width, speech_width, layers=given.aggregator_layers, heads=given.aggregator_heads
         ),

@@ -8,13 +8,16 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.tensor_file import save_tensors
+
+if TYPE_CHECKING:
+    from taste.model import CosyVoiceS3Model
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ _RENAMED = {
 }
 
 
-def disk_warning(last_path: Path, best_path: Path, model: nn.Module) -> str | None:
+def disk_warning(last_path: Path, best_path: Path, model: "CosyVoiceS3Model") -> str | None:
     """Look whether the disk has room for the checkpoints of a run.
 
     Args:
@@ -163,7 +166,7 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -129,13 +129,15 @@ def write_comparison(folder: Path, results: Mapping[str, dict[str, Any]], settin
         results: of each variant, what its metrics.json holds.
         settings: of the runs, as JSON knows values.
     """
-    epochs = {variant: {"epochs_trained": count} for variant, count in epochs_trained(results).items()}
+    epochs: dict[str, dict[str, float | None]] = {
+        variant: {"epochs_trained": count} for variant, count in epochs_trained(results).items()
+    }
     measures = {variant: measures_of(found) | epochs[variant] for variant, found in results.items()}
     write_json(folder / "comparison.json", {"measures": measures, "paper": PAPER, "settings": settings})
     plot_comparison(
         folder / "comparison.png",
         {variant: found["history"] for variant, found in results.items() if found.get("history")},
-        [(variant, own["top5"], own.get("top5_shuffled")) for variant, own in measures.items()],
+        [(variant, results[variant]["test"]["top5"], own.get("top5_shuffled")) for variant, own in measures.items()],
     )
     runs = {variant: folder / variant for variant in results}
     title = f"{folder.name}: all variants"

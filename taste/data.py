@@ -132,6 +132,7 @@ class UtteranceDataset(Dataset[Example]):
         Returns:
             the last layer's and the middle layer's, both [A, D] float32.
         """
+        assert self.features.speech is not None
         frames = self.speech_frames(utt_id)
         speech = self.features.speech[utt_id]
         return speech["final"][:frames].float(), speech["mid"][:frames].float()
@@ -220,6 +221,7 @@ class UtteranceDataset(Dataset[Example]):
         Returns:
             frames, 50 a second.
         """
+        assert self.features.speech is not None
         stored, units = len(self.features.speech[utt_id]["final"]), len(self.features.units[utt_id])
         return real_frames(stored, units, self.duration_seconds(utt_id))
 
@@ -247,7 +249,7 @@ class UtteranceDataset(Dataset[Example]):
         Returns:
             a data set over the same files.
         """
-        utt_ids, lengths = ([values[index] for index in indices] for values in (self.utt_ids, self.lengths))
+        utt_ids, lengths = [self.utt_ids[index] for index in indices], [self.lengths[index] for index in indices]
         return UtteranceDataset(self.features, Selection(utt_ids, lengths, with_words=self.has_words))
 
     def fingerprint(self) -> str:
@@ -396,8 +398,9 @@ def hold_out(dataset: UtteranceDataset, seed: int) -> tuple[UtteranceDataset, Ut
     if len(dataset) < 2:
         raise ValueError("there is no test set, and one training utterance cannot be split; make the TEST_ features")
     speakers = [dataset.info(utt_id).get("speaker") for utt_id in dataset.utt_ids]
-    by_speaker = None not in speakers and len(set(speakers)) > 1
-    held_out = _draw_groups(speakers if by_speaker else dataset.utt_ids, seed)
+    named = [speaker for speaker in speakers if speaker is not None]
+    by_speaker = len(named) == len(speakers) and len(set(named)) > 1
+    held_out = _draw_groups(named if by_speaker else dataset.utt_ids, seed)
     if by_speaker and sum(speaker in held_out for speaker in speakers) > MOST_HELD_OUT * len(dataset):
         by_speaker = False
         held_out = _draw_groups(dataset.utt_ids, seed)

@@ -8,6 +8,7 @@ so that a fault is told once.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,7 +115,7 @@ def deep_verify(
         the outcomes, in order.
     """
     steps = [
-        Step(file, (file, "cosyvoice.yaml"), lambda part=part: _load(folder, part, device))
+        Step(file, (file, "cosyvoice.yaml"), partial(_load, folder, part, device))
         for part, file in (("llm", "llm.pt"), ("flow", "flow.pt"), ("hift", "hift.pt"))
     ]
     steps += [

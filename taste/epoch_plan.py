@@ -93,7 +93,8 @@ def most_demanding(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> 
     Returns:
         utterance numbers of one of them.
     """
-    return list(max(batches, key=lambda batch: len(batch) * max(lengths[number] for number in batch) ** 2))
+    worst = max(batches, key=lambda batch: len(batch) * max(lengths[number] for number in batch) ** 2)
+    return list(worst)
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

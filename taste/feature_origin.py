@@ -57,8 +57,8 @@ def check_same_hearing(train_paths: FeaturePaths, test_paths: FeaturePaths) -> N
     if train_paths.speech is None or train_paths.info is None or test_paths.info is None:
         return
     notes = [
-        {name: value for name, value in (noted_models(paths.info) or {}).items() if name in _OF_WHISPER}
-        for paths in (train_paths, test_paths)
+        {name: value for name, value in (noted_models(info) or {}).items() if name in _OF_WHISPER}
+        for info in (train_paths.info, test_paths.info)
     ]
     if changed := changed_models(*notes):
         raise ValueError(

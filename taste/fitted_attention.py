@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taste.alignment import Alignment, align
 from taste.batch import Example
@@ -45,7 +45,7 @@ def find_spoken(examples: Sequence[Example]) -> Spoken:
     Raises:
         ValueError: no recording has as many frames as tokens.
     """
-    texts, speech = [example.text for example in examples], [example.speech_final for example in examples]
+    texts, speech = [example.text for example in examples], [example.speech[0] for example in examples]
     found = align(texts, speech)
     size = float((torch.cat(texts) - found.centre).norm(dim=1).mean())
     return Spoken(found, size, [_outside(span, len(frames)) for span, frames in zip(found.spans, speech, strict=True)])
@@ -63,7 +63,7 @@ def scores_of(spoken: Spoken, examples: Sequence[Example]) -> list[Tensor]:
     """
     found = spoken.alignment
     return [
-        ((example.text - found.centre) / spoken.size) @ (example.speech_final @ found.weight.T + found.bias).T
+        ((example.text - found.centre) / spoken.size) @ (example.speech[0] @ found.weight.T + found.bias).T
         for example in examples
     ]
 
@@ -87,7 +87,7 @@ def best_sharpness(scores: Sequence[Tensor], outside: Sequence[Tensor]) -> float
 
 
 @torch.enable_grad()
-def sharpen(parameters: Sequence[nn.Parameter], attention: AttentionOf, outside: Sequence[Tensor], steps: int) -> None:
+def sharpen(parameters: Sequence[Tensor], attention: AttentionOf, outside: Sequence[Tensor], steps: int) -> None:
     """Teach some weights to look at all frames of a token and at no others; nothing else changes.
 
     Args:

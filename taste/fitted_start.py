@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Example
 from taste.data import UtteranceDataset, spread_evenly
 from taste.fitted_attention import Agreement, agreement, best_sharpness, find_spoken, scores_of, sharpen
 from taste.fitted_taste import fit_listening, quiet_branch, start_quantizer
 from taste.linear_fits import ridge, whitening
 from taste.model import PARTS, CosyVoiceS3Model
+from taste.taste_aggregator import TasteAggregator
 from taste.threads import torch_threads_kept
 
 # T text tokens   A Whisper frames, 50 Hz   D channels of the LM   E of the text embeddings   N tokens of all utterances
@@ -83,6 +85,7 @@ def fit_new_parts(
         attention = _fit_attention(model, examples)
         _fit_values(model, examples)
         return notes | _of_attention(attention)
+    assert isinstance(model.aggregator, TasteAggregator)
     if "aggregator" in wanted and model.aggregator.embed_tokens is None:  # Whisper's own decoder can listen already
         notes |= _of_attention(fit_listening(model, examples))
     if "audio_branch" in wanted:
@@ -123,7 +126,7 @@ def _fit_text_path(model: CosyVoiceS3Model, examples: Sequence[Example]) -> floa
 
 def _fit_attention(model: CosyVoiceS3Model, examples: Sequence[Example]) -> Agreement:
     """Set query and key."""
-    aggregator = model.aggregator
+    aggregator = _aggregator(model)
     spoken = find_spoken(examples)
     found, size = spoken.alignment, spoken.size
     sharpness = best_sharpness(scores_of(spoken, examples), spoken.outside)
@@ -142,16 +145,21 @@ def _fit_attention(model: CosyVoiceS3Model, examples: Sequence[Example]) -> Agre
     return agreement(attention, spoken.outside)
 
 
+def _aggregator(model: CosyVoiceS3Model) -> SimpleTextSpeechAggregator:
+    assert isinstance(model.aggregator, SimpleTextSpeechAggregator)
+    return model.aggregator
+
+
 def _attention(model: CosyVoiceS3Model, example: Example) -> Tensor:
     """Where each token of one utterance looks, [T, A]."""
-    final = example.speech_final
-    return model.aggregator.attention(example.text[None], final[None], torch.tensor([len(final)]))[0]
+    final, _ = example.speech
+    return _aggregator(model).attention(example.text[None], final[None], torch.tensor([len(final)]))[0]
 
 
 def _fit_values(model: CosyVoiceS3Model, examples: Sequence[Example]) -> None:
     """Set value, output and the speech's gain."""
-    aggregator = model.aggregator
-    heard = torch.cat([_attention(model, example) @ example.speech_mid for example in examples])
+    aggregator = _aggregator(model)
+    heard = torch.cat([_attention(model, example) @ example.speech[1] for example in examples])
     weight, bias = whitening(heard, aggregator.text_width)  # of [N, speech_width]
     for parameter, value in ((aggregator.value.weight, weight), (aggregator.value.bias, bias)):
         parameter.zero_()

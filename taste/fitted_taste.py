@@ -45,17 +45,20 @@ def fit_listening(model: CosyVoiceS3Model, examples: Sequence[Example]) -> Agree
         ValueError: no recording has as many frames as tokens.
     """
     aggregator = model.aggregator
+    assert isinstance(aggregator, TasteAggregator) and aggregator.text_proj is not None, "Whisper's own needs no fit"
+    text_proj = aggregator.text_proj
     spoken = find_spoken(examples)
     _look_by_map(aggregator, spoken, best_sharpness(scores_of(spoken, examples), spoken.outside))
     batches = [collate([example]) for example in examples]
 
     def attention(number: int) -> Tensor:  # [layers, H, T, A]; all layers look at the same, while they are silent
         batch = batches[number]
-        text = aggregator.text_proj(batch.text) + aggregator.embed_positions.weight[: batch.text.shape[1]]
+        assert batch.speech_final is not None
+        text = text_proj(batch.text) + aggregator.embed_positions.weight[: batch.text.shape[1]]
         attentions = [(layer.encoder_attn, layer.encoder_attn_layer_norm(text)) for layer in aggregator.layers]
         return torch.cat([looker.weights(queries, batch.speech_final) for looker, queries in attentions])
 
-    looking = [aggregator.text_proj.weight, aggregator.text_proj.bias]
+    looking = [text_proj.weight, text_proj.bias]
     for layer in aggregator.layers:
         looking += [layer.encoder_attn.q_proj.weight, layer.encoder_attn.q_proj.bias, layer.encoder_attn.k_proj.weight]
     sharpen(looking, attention, spoken.outside, SHARPEN_STEPS)
@@ -72,6 +75,7 @@ def quiet_branch(model: CosyVoiceS3Model, examples: Sequence[Example], gain: flo
         examples: of the training set.
         gain: size of the branch's outputs at first, of the encoded text's.
     """
+    assert model.audio_branch is not None
     training = model.training
     model.eval()
     spoken, written = [], []
@@ -101,11 +105,13 @@ def start_quantizer(model: CosyVoiceS3Model, examples: Iterable[Example]) -> lis
     Returns:
         share of the codes that some word uses, of each level.
     """
+    assert model.quantizer is not None
     quantizer, rvq = model.quantizer, model.quantizer.rvq
     training = model.training
     model.eval()
     words = []
     for batch in _batches(examples):
+        assert batch.word_ids is not None
         starts = word_starts(batch.word_ids, batch.text_lengths)
         words.append(model.aggregate(batch)[starts])
     samples = torch.cat(words)[None]  # [1, W, D]
@@ -141,6 +147,7 @@ def _look_by_map(aggregator: TasteAggregator, spoken: Spoken, sharpness: float) 
     into = basis[:, 1 : 1 + most]  # [D, most]
     length = TEXT_SHARE * math.sqrt(width)
     project = (into @ axes.T).float() * (length / spoken.size)
+    assert aggregator.text_proj is not None
     aggregator.text_proj.weight.copy_(project)
     aggregator.text_proj.bias.copy_(-project @ found.centre)
     positions = aggregator.embed_positions.weight
@@ -170,18 +177,15 @@ def _say_what_is_heard(aggregator: TasteAggregator, batches: Sequence[Batch]) ->
     aggregator.reset_values()
     heard = []
     for batch in batches:
-        weights = aggregator.attention(*_inputs(batch), by_head=True)[0]  # [H, T, A]
-        values = attention.v_proj(batch.speech_mid)[0].unflatten(-1, (attention.heads, -1)).transpose(0, 1)
+        final, mid, lengths = batch.speech_final, batch.speech_mid, batch.speech_lengths
+        assert final is not None and mid is not None and lengths is not None
+        inputs = (batch.text, final, mid, batch.text_lengths, lengths, batch.text_tokens)
+        weights = aggregator.attention(*inputs, by_head=True)[0]  # [H, T, A]
+        values = attention.v_proj(mid)[0].unflatten(-1, (attention.heads, -1)).transpose(0, 1)
         heard.append((weights @ values).transpose(0, 1).flatten(1))  # [T, D]
     weight, bias = whitening(torch.cat(heard), aggregator.speech_width)
     attention.out_proj.weight.copy_(weight)
     attention.out_proj.bias.copy_(bias)
-
-
-def _inputs(batch: Batch) -> tuple[Tensor | None, ...]:
-    """What the aggregator takes."""
-    lengths = (batch.text_lengths, batch.speech_lengths)
-    return batch.text, batch.speech_final, batch.speech_mid, *lengths, batch.text_tokens
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[Batch]:

@@ -8,7 +8,7 @@ death of the process, goes on where it stopped.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from taste.verify import ExpectedFile
 
@@ -187,7 +187,7 @@ class ModelScopeHub:
         import requests
         from modelscope_hub import get_default_config
 
-        address = self._endpoint or get_default_config().endpoint
+        address = self._endpoint or cast(str, get_default_config().endpoint)  # None only while it is being made
         requests.head(address, timeout=REACH_SECONDS)
 
 

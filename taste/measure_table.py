@@ -79,7 +79,7 @@ MEASURES = {
     "word_duration_error_relative": Measure("word-duration error, of the words' length", "lower", ".1f", " %", 100),
     "words_compared": Measure("words whose durations were compared", "", ".0f"),
 }
-OTHER = ("", ".3g")  # better, form of a measure not listed
+OTHER_FORM = ".3g"  # of a measure not listed
 
 PAPER: dict[str, dict[str, float]] = {  # in our scale
     "top5": {"text_only": 0.65, "taste": 0.76, "taste_novq": 0.88},
@@ -145,7 +145,7 @@ def lay_out(measures: Measures, skipped: Mapping[str, str] | None = None) -> Tab
     for key in [key for key in MEASURES if key in known] + [key for key in known if key not in MEASURES]:
         values = {name: _number(measures[name].get(key)) for name in systems}
         reason = skipped.get(key, "") if all(value is None for value in values.values()) else ""
-        measure = MEASURES.get(key) or Measure(key.replace("_", " "), *OTHER)
+        measure = MEASURES.get(key) or Measure(key.replace("_", " "), "", OTHER_FORM)
         best = _best(values, measure)
         papers = PAPER.get(key, {})
         cells = [

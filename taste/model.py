@@ -106,6 +106,11 @@ class CosyVoiceS3Model(nn.Module):
     Source: the sequence is that of FunAudioLLM/CosyVoice cosyvoice/llm/llm.py @ ace7c47.
     """
 
+    aggregator: SimpleTextSpeechAggregator | TasteAggregator | None
+    audio_branch: AudioBranch | None
+    fusion: nn.Module | None
+    quantizer: WordQuantizer | None
+
     def __init__(
         self,
         llm: TransformerLM,
@@ -133,6 +138,7 @@ class CosyVoiceS3Model(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
         if variant == "simple":
+            assert aggregator is not None
             self.text_norm = nn.LayerNorm(aggregator.text_width)
             self.speech_norm = nn.LayerNorm(aggregator.text_width)
             self.input_proj = nn.Linear(aggregator.text_width, llm.llm_input_size)
@@ -259,6 +265,7 @@ class CosyVoiceS3Model(nn.Module):
         prefix = self._prefix_of(text, lengths, self._speaker_vectors(batch))
         if heard is None or heard.commitment_loss is None or not self.training:
             return Reading(prefix, text.new_zeros(len(text)), torch.zeros_like(batch.text_lengths))
+        assert batch.word_ids is not None, "who hears with a quantizer has read the words"
         words = word_starts(batch.word_ids, batch.text_lengths).sum(dim=1)
         return Reading(prefix, heard.commitment_loss * words, words)
 
@@ -289,7 +296,7 @@ class CosyVoiceS3Model(nn.Module):
         if self.aggregator is None:
             raise ValueError(f"variant {self.variant!r} looks at no recording")
         final, mid, speech_lengths = self._speech_of(batch)
-        if self.variant == "simple":
+        if isinstance(self.aggregator, SimpleTextSpeechAggregator):
             return self.aggregator.attention(batch.text, final, speech_lengths)
         inputs = (batch.text, final, mid, batch.text_lengths, speech_lengths, batch.text_tokens)
         return self.aggregator.attention(*inputs)
@@ -309,7 +316,9 @@ class CosyVoiceS3Model(nn.Module):
         """
         if self.quantizer is None:
             raise ValueError(f"variant {self.variant!r} has no codes; only 'taste' has a quantizer")
-        return self._hear(batch).codes
+        codes = self._hear(batch).codes
+        assert codes is not None, "a quantizer gives codes"
+        return codes
 
     def aggregate(self, batch: Batch) -> Tensor:
         """The speech of each text token, before any quantizer; of the taste variants, averaged over words.
@@ -324,6 +333,7 @@ class CosyVoiceS3Model(nn.Module):
             ValueError: the batch lacks what the variant reads.
         """
         final, mid, speech_lengths = self._speech_of(batch)
+        assert self.aggregator is not None, "who has no aggregator hears nothing"
         if self.variant == "simple":
             return self.aggregator(batch.text, final, mid, speech_lengths)
         if batch.word_ids is None or batch.text_tokens is None:
@@ -422,6 +432,7 @@ class CosyVoiceS3Model(nn.Module):
         if self.variant == "simple":
             fused = self.input_proj(self.text_norm(batch.text) + self.speech_norm(heard.vectors))
             return fused, batch.text_lengths, heard
+        assert self.audio_branch is not None and self.fusion is not None
         encoded, _ = self.llm.encode(batch.text, batch.text_lengths)
         speech = self.audio_branch(heard.vectors, batch.text_lengths)
         return *self.fusion(encoded, batch.text_lengths, speech, batch.text_lengths), heard
@@ -436,6 +447,7 @@ class CosyVoiceS3Model(nn.Module):
         if self.quantizer is None:
             return _Heard(vectors)
         valid = valid_mask(batch.text_lengths, vectors.shape[1])
+        assert batch.word_ids is not None, "`aggregate` has read the words"
         quantized = self.quantizer(vectors, valid, word_starts(batch.word_ids, batch.text_lengths))
         return _Heard(quantized.vectors, quantized.codes, quantized.commitment_loss)
 

@@ -26,8 +26,8 @@ from taste.verify import (
     hash_file,
     human_bytes,
     may_be_edited,
-    read_manifest,
-    save_manifest,
+    read_records,
+    save_records,
 )
 
 STAGING_NAME = ".download"
@@ -113,11 +113,11 @@ class Installer:
             finish_swap(self.folder, self.say, STAGING_NAME)
             fresh = fresh_folder(self.folder)
             self._fill(fresh)
-            save_manifest(fresh, {**read_manifest(self.folder), **read_manifest(fresh)})
+            save_records(fresh, {**read_records(self.folder), **read_records(fresh)})
             swap(self.folder, self.say, STAGING_NAME)
 
     def _fill(self, folder: Path) -> None:
-        records = read_manifest(folder)
+        records = read_records(folder)
         problems = []
         for part in self.parts:
             record = records.get(part.name)
@@ -128,7 +128,7 @@ class Installer:
             except InstallError as error:
                 problems.append(str(error))
             else:
-                save_manifest(folder, records)
+                save_records(folder, records)
         if problems:
             raise InstallError("\n".join(problems))
         shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)

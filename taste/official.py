@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,14 @@ from cosyvoice.utils.common import ras_sampling
 from taste.batch import Batch
 from taste.model import CosyVoiceS3Model
 from taste.official_names import rename
-from taste.official_preset import WHISPER_DEFAULT_HEADS, build_model, build_whisper, look_up
+from taste.official_preset import WHISPER_DEFAULT_HEADS, build_official_model, build_whisper, look_up
 from taste.text import TextTokens
 from taste.transformers_folder import read_model_config, weight_files
 from taste.whisper_encoder import SAMPLES_PER_FRAME
 from taste.words import word_spans
+
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 # B batch   T text tokens   W words   N samples, 16 kHz   A Whisper frames, 50 Hz   Q codes a word   D channels
 
@@ -35,7 +38,7 @@ class OfficialTaste(nn.Module):
         mid_layer: the encoder's layer whose output the values are made of.
     """
 
-    def __init__(self, whisper: nn.Module, model: CosyVoiceS3Model, mid_layer: int) -> None:
+    def __init__(self, whisper: "WhisperEncoder", model: CosyVoiceS3Model, mid_layer: int) -> None:
         super().__init__()
         self.whisper = whisper
         self.model = model
@@ -205,7 +208,7 @@ def build_official(
     Raises:
         ValueError: the configuration asks for what is not implemented, or a weight is missing that sizes come from.
     """
-    model = build_model(shapes, config, sampler)
+    model = build_official_model(shapes, config, sampler)
     whisper = build_whisper(shapes, look_up(config, "asr_config.encoder_attention_heads", WHISPER_DEFAULT_HEADS))
     mid_layer = look_up(config, "audio_tower_config.encoder__target_hidden_layer", DEFAULT_MID_LAYER)
     return OfficialTaste(whisper, model, mid_layer)

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from cosyvoice.llm.llm import Sampler, TransformerLM
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
@@ -16,8 +15,11 @@ from taste.model import CosyVoiceS3Model
 from taste.quantizer import WordQuantizer
 from taste.taste_aggregator import WHISPER_PREFIX, TasteAggregator
 
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
 # What the published code does otherwise than our default, as arguments of our classes; each says there what it is.
-AGGREGATOR_OPTIONS = {"mask_padding": False}
+AGGREGATOR_OPTIONS: dict[str, Any] = {"mask_padding": False}
 QUANTIZER_OPTIONS = {"once_a_word": False, "revive_dead_codes": False, "padding_as_bias": True}
 LAYER_NORM_EPS = 1e-5  # inside the layers of all encoders
 DROPOUT = 0.1
@@ -46,7 +48,9 @@ IMPLEMENTED_DEFAULTS = {  # these are the published defaults as well: transforme
 WHISPER_DEFAULT_HEADS = 4  # of transformers' WhisperConfig, where the file names none
 
 
-def build_model(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], sampler: Sampler) -> CosyVoiceS3Model:
+def build_official_model(
+    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], sampler: Sampler
+) -> CosyVoiceS3Model:
     """Build the model that weights of these shapes belong to.
 
     Args:
@@ -81,7 +85,7 @@ def build_model(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], 
     )
 
 
-def build_whisper(shapes: Mapping[str, Sequence[int]], heads: int) -> nn.Module:
+def build_whisper(shapes: Mapping[str, Sequence[int]], heads: int) -> "WhisperEncoder":
     """Build the Whisper encoder that weights of these shapes belong to.
 
     Args:
@@ -142,7 +146,7 @@ class _Sizes:
 
 
 def _build_llm(sizes: _Sizes, config: Mapping[str, Any], sampler: Sampler) -> TransformerLM:
-    common = {
+    common: dict[str, Any] = {
         "dropout_rate": DROPOUT,
         "positional_dropout_rate": DROPOUT,
         "pos_enc_layer_type": "rel_pos_espnet",

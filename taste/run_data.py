@@ -52,6 +52,7 @@ def open_data(
         if train_set is not None and (warning := overlap(train_set, test_set)):
             say(warning)
     else:
+        assert train_set is not None  # without a test set it was opened
         train_set, test_set, what_was_done = hold_out(train_set, HELD_OUT_SEED)
         say(what_was_done)
     if "fusion" in PARTS.get(settings.variant, ()):

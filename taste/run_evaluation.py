@@ -108,7 +108,7 @@ def check_fair(settings: Settings, checkpoint: Checkpoint, train_set: UtteranceD
     made_with = noted_models(settings.train_utt2info_path if held_out else settings.test_utt2info_path)
     if changed := changed_models(checkpoint.notes.get("features_made_with"), made_with):
         raise ValueError(f"the checkpoint learned from features that were made otherwise: {changed}")
-    if held_out and checkpoint.notes["train_set"] != train_set.fingerprint():
+    if held_out and train_set and checkpoint.notes["train_set"] != train_set.fingerprint():
         raise ValueError(
             "there are no test features, and the checkpoint has learned from other utterances than those that are left "
             "when a part is held out: what is held out may be among them; make the TEST_ features"

@@ -145,8 +145,7 @@ def take_best(checkpoint: Checkpoint, checkpoint_path: Path, best_path: Path, ac
         return
     beside = checkpoint_path.with_name(best_path.name)
     best = load_checkpoint(beside) if beside.is_file() else None
-    known = best.notes["progress"]["history"] if best else []
-    if known != progress["history"][: epoch + 1]:
+    if best is None or best.notes["progress"]["history"] != progress["history"][: epoch + 1]:
         raise ValueError(
             f"RESUME is {str(checkpoint_path)!r}: the best weights so far, of epoch {epoch}, are not in {beside}; keep "
             f"both files of a run together, or begin a new run with its weights: --init-from {checkpoint_path}"
@@ -168,7 +167,7 @@ def check_same_settings(settings: Settings, notes: dict[str, Any], checkpoint_pa
         ValueError: a setting that decides the training differs (all are named).
     """
     now, earlier = settings.to_dict(), notes["settings"]
-    names = DECIDES_TRAINING
+    names: tuple[str, ...] = DECIDES_TRAINING
     if "fusion" in PARTS.get(settings.variant, ()):
         names += tuple(field.name for field in fields(TasteSizes))
     changed = [

@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,14 @@ from tqdm import tqdm
 
 from cosyvoice.utils.interrupt import obey_parent_alone, signals_held_back
 from cosyvoice.utils.stops import NonFiniteLossError
-from taste.batch import Batch, collate
+from taste.batch import Batch, Example, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
 from taste.model import CosyVoiceS3Model, Scores
 from taste.progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 BATCHES_AHEAD = 2  # at least, by each process that loads features
 SHOWN_UTTERANCES = 8  # of a list
@@ -129,8 +133,8 @@ def precision_of(device: torch.device) -> torch.autocast:
 
 
 def feature_loader(
-    dataset: UtteranceDataset, batches: Sequence[Sequence[int]], num_workers: int = 0, together: int = 1
-) -> DataLoader[Batch]:
+    dataset: UtteranceDataset, batches: Sequence[list[int]], num_workers: int = 0, together: int = 1
+) -> Iterable[Batch]:
     """Load batches in a given order.
 
     Args:
@@ -154,8 +158,8 @@ def feature_loader(
     )
 
 
-class _FeatureLoader(DataLoader[Batch]):
-    def __iter__(self) -> Iterator[Batch]:
+class _FeatureLoader(DataLoader[Example]):
+    def __iter__(self) -> "_BaseDataLoaderIter":
         with signals_held_back():  # they would end a worker that does not obey its parent alone yet
             return super().__iter__()
 

@@ -369,7 +369,7 @@ def _listen(
             pair = heard["original"], heard[name]
             if expected and there:  # an alignment has every word of the transcript, whatever was said
                 said = _understood(expected, heard["original"]) & _understood(there, heard[name])
-                pair = tuple([words[place] for place in sorted(said)] for words in (expected, there))
+                pair = [expected[place] for place in sorted(said)], [there[place] for place in sorted(said)]
             results[name].durations.append(compare_durations(*pair))
             aligned, compared = aligned + bool(there), compared + 1
     notes = [f"words written down by {recogniser.name}: {understood} of {count} utterances"]
@@ -454,8 +454,8 @@ def _agreeing(reference: Sequence[str], other: Sequence[str]) -> list[tuple[int,
     if not reference or not other:
         return []
     numbers = {word: str(number) for number, word in enumerate({*reference, *other})}  # jiwer divides at blanks
-    rows = [" ".join(numbers[word] for word in row) for row in (reference, other)]
-    pieces = jiwer.process_words(*rows).alignments[0]
+    ours, theirs = (" ".join(numbers[word] for word in row) for row in (reference, other))
+    pieces = jiwer.process_words(ours, theirs).alignments[0]
     return [
         pair
         for piece in pieces

@@ -35,7 +35,7 @@ class UnitDecoder:
         FileNotFoundError: flow or HiFT is missing from the folder.
     """
 
-    def __init__(self, model_dir: str | Path, device: torch.device) -> None:
+    def __init__(self, model_dir: str | Path | ModelDir, device: torch.device) -> None:
         self.device = device
         self.flow = load_part(model_dir, "flow", device)
         self.hift = load_part(model_dir, "hift", device)

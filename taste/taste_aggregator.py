@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +193,8 @@ class TasteAggregator(nn.Module):
         with torch.no_grad():  # neighbours begin alike, which random vectors would have to learn
             self.embed_positions.weight.copy_(_sinusoids(max_positions, speech_width))
         feed_forward = 4 * speech_width if feed_forward is None else feed_forward
-        self.layers = nn.ModuleList(DecoderLayer(speech_width, heads, feed_forward) for _ in range(layers))
+        decoder_layers = [DecoderLayer(speech_width, heads, feed_forward) for _ in range(layers)]
+        self.layers = cast(Sequence[DecoderLayer], nn.ModuleList(decoder_layers))
         self.layer_norm = nn.LayerNorm(speech_width)
         if identity_values:
             self.reset_values()
@@ -283,6 +285,7 @@ class TasteAggregator(nn.Module):
             if text is None or text.shape[-1] != self.text_width:
                 got = "none" if text is None else f"{text.shape[-1]} wide"
                 raise ValueError(f"expected text embeddings that are {self.text_width} wide, got {got}")
+            assert self.text_proj is not None
             embedded = self.text_proj(text)
         positions = self.embed_positions.weight
         if embedded.shape[1] > len(positions):

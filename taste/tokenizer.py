@@ -89,6 +89,7 @@ class TasteTokenizer:
     ) -> None:
         if reader.model.quantizer is None:
             raise ValueError(f"variant {reader.model.variant!r} has no codes; only a 'taste' model is a tokenizer")
+        self._quantizer = reader.model.quantizer
         self.device = torch.device(device)
         self.model = reader.model.eval()
         self.fingerprint = weights_fingerprint(self.model.state_dict())
@@ -163,12 +164,12 @@ class TasteTokenizer:
     @property
     def levels(self) -> int:
         """L, codes a word."""
-        return self.model.quantizer.levels
+        return self._quantizer.levels
 
     @property
     def codebook_size(self) -> int:
         """Different codes of each level."""
-        return self.model.quantizer.codes
+        return self._quantizer.codes
 
     @property
     def sample_rate_hz(self) -> int:
@@ -193,9 +194,7 @@ class TasteTokenizer:
             ValueError: the recording cannot be read, is empty or too long; or there is no text, and nobody who writes
                 it down, or nothing was heard.
         """
-        waveform = recording
-        if not isinstance(recording, Tensor):
-            waveform = read_audio(recording, SAMPLE_RATE_HZ).waveform
+        waveform = recording if isinstance(recording, Tensor) else read_audio(recording, SAMPLE_RATE_HZ).waveform
         text = text or self._write_down(waveform, language)
         tokens = self._split(self._text_tokenizer, text)
         speaker = None if self._speaker is None else self._speaker.embed(waveform)

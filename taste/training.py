@@ -381,7 +381,7 @@ class Trainer:
         return {} if quantizer is None else {name: values.clone() for name, values in quantizer.state_dict().items()}
 
     def _restore(self, codebooks: dict[str, Tensor]) -> None:
-        if codebooks:
+        if self.model.quantizer is not None:
             self.model.quantizer.load_state_dict(codebooks)
 
     def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:

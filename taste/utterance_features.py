@@ -97,9 +97,10 @@ def add_batch(batch: Sequence[Prepared], models: Models, outputs: Outputs, dtype
             reason = f"its Whisper features are not finite in {dtype}; try --encoder-dtype and --feature-dtype float32"
             failures.append(Failure(utterance.utt_id, str(utterance.audio_path), reason))
             continue
+        tokens = torch.tensor(item.text.tokens)
         info = {
             "text": utterance.text,
-            "text_token": torch.tensor(item.text.tokens),
+            "text_token": tokens,
             "word_id": torch.tensor(item.text.word_ids),
             "spk_embedding": item.speaker,
             "duration_s": item.duration_seconds,
@@ -110,7 +111,7 @@ def add_batch(batch: Sequence[Prepared], models: Models, outputs: Outputs, dtype
             for name, value in (("speaker", utterance.speaker), ("language", utterance.language))
             if value is not None
         }
-        values = (models.text_embedding[info["text_token"]], whisper, info)
+        values = (models.text_embedding[tokens], whisper, info)
         for writer, value in zip(outputs, values, strict=True):
             if utterance.utt_id not in writer.done_ids:
                 writer.add(utterance.utt_id, value)

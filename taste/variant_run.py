@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -92,12 +92,13 @@ def run_variant(
 
     with OutputLock(run_folder) if accelerator.is_main_process else nullcontext():
         checkpoint = find_checkpoint(settings, run_folder) if settings.num_epochs else evaluated
-        origin = {} if checkpoint else give_first_weights(settings, model, train_set, say)
+        learned = cast(UtteranceDataset, train_set)  # not opened only where a checkpoint is evaluated
+        origin = {} if checkpoint else give_first_weights(settings, model, learned, say)
         if settings.num_epochs:
             results = train(
                 settings,
                 model,
-                (train_set, test_set),
+                (learned, test_set),
                 run_folder,
                 accelerator,
                 checkpoint,
@@ -193,7 +194,7 @@ def train(
 
     on_minute = board.update if board else lambda history: None
     trainer = Trainer(model, *sets, config, run_folder, accelerator, notes, stop_requested, show_epoch, on_minute)
-    if checkpoint:
+    if checkpoint and checkpoint_path:
         check_same_settings(settings, checkpoint.notes, checkpoint_path)
         trainer.resume(checkpoint)
         if checkpoint_path.resolve() != trainer.last_path.resolve():
@@ -226,6 +227,7 @@ def train(
         accelerator.free_memory()  # it would keep the model and the optimizer for as long as the process lives
         if board:
             board.close()
+    assert progress.best_epoch is not None  # the one before the first step counts
     model.load_learned_state(load_checkpoint(trainer.best_path).weights)
     return {
         "checkpoint": str(trainer.best_path),

@@ -71,7 +71,7 @@ class PartRecord(NamedTuple):
     files: dict[str, ExpectedFile]  # path inside the model folder -> its size and sha256
 
 
-def read_manifest(folder: Path) -> dict[str, PartRecord]:
+def read_records(folder: Path) -> dict[str, PartRecord]:
     """Read what a folder held when it was last found complete.
 
     Args:
@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, PartRecord]:
         return {}
 
 
-def save_manifest(folder: Path, records: Mapping[str, PartRecord]) -> None:
+def save_records(folder: Path, records: Mapping[str, PartRecord]) -> None:
     """Write what a folder holds as `.verified.json` into it, atomically.
 
     Args:

@@ -15,6 +15,7 @@ from taste.transformers_folder import read_model_config, weight_files
 
 if TYPE_CHECKING:
     from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersEncoder
 
 # B batch   N samples, 16 kHz   A Whisper frames, 50 Hz   D channels
 SAMPLE_RATE_HZ = 16_000
@@ -151,7 +152,7 @@ def _read_config(folder: Path) -> "WhisperConfig":
     return WhisperConfig.from_dict(content)
 
 
-def _build_encoder(folder: Path, config: "WhisperConfig", weights: dict[str, Tensor]) -> nn.Module:
+def _build_encoder(folder: Path, config: "WhisperConfig", weights: dict[str, Tensor]) -> "TransformersEncoder":
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersEncoder
 
     config._attn_implementation = "sdpa"

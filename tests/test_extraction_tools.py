@@ -289,14 +289,6 @@ def test_s3_sh_says_what_is_wrong(words: tuple[str, ...], code: int, message: st
     assert message in text
 
 
-def test_s3_sh_has_no_shell_mistakes(tmp_path: Path) -> None:
-    try:
-        check = subprocess.run(["shellcheck", REPOSITORY / "s3.sh"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("shellcheck is not installed")
-    assert check.returncode == 0, check.stdout
-
-
 # ---- resuming
 
 

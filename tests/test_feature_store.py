@@ -387,6 +387,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) ->
     path = tmp_path / "a.pt"
     script = f"""
 import sys, time
+import taste
 from cosyvoice.utils.output_lock import OutputLock
 lock = OutputLock({str(path)!r})
 print("held", flush=True)
@@ -411,7 +412,7 @@ def test_a_full_disk_costs_only_the_chunk_in_work(tmp_path: Path) -> None:
     _write(path, range(4), "chunks")
     # a file-size limit makes write() fail as a full disk does, in the process that has it
     script = f"""
-import resource, sys, torch
+import resource, sys, taste, torch
 sys.path.insert(0, "tests")
 from pathlib import Path
 from test_feature_store import FeatureWriteError, FeatureWriter, _value

@@ -46,7 +46,7 @@ def test_a_request_that_comes_twice_within_seconds_is_one(repeated: signal.Signa
 
 def test_a_later_sigterm_has_its_default_action() -> None:
     script = (
-        "import os, signal, cosyvoice.utils.interrupt\n"
+        "import os, signal, taste, cosyvoice.utils.interrupt\n"
         "cosyvoice.utils.interrupt.REPEAT_SECONDS = 0.0\n"
         "with cosyvoice.utils.interrupt.StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -73,6 +73,7 @@ def test_workers_overhear_the_signals_of_others_and_obey_their_parent(number: si
 def test_an_error_that_nobody_catches_leaves_no_workers_waiting() -> None:
     script = (
         "from torch.utils.data import DataLoader\n"
+        "import taste\n"
         "from cosyvoice.utils.interrupt import obey_parent_alone\n"
         "loader = iter(DataLoader(range(100), num_workers=1, worker_init_fn=obey_parent_alone))\n"
         "next(loader)\n"

@@ -27,7 +27,8 @@ EXAMPLES = REPOSITORY / "CosyVoice" / "examples"
 LIBRITTS = EXAMPLES / "libritts" / "cosyvoice"
 TINY = EXAMPLES / "tiny"
 DEADLINE_SECONDS = 120
-SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPOSITORY / "taste" / "settings.sh"])
+SHARED = REPOSITORY / "CosyVoice" / "cosyvoice" / "utils" / "settings.sh"
+SHELL_SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), SHARED, REPOSITORY / "s3.sh"])
 
 SMALL_RECIPE = """#!/usr/bin/env bash
 # A recipe of three steps.

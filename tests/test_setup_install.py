@@ -21,7 +21,7 @@ from cosyvoice.utils.settings import parse_settings
 from taste.folder_swap import SwapError
 from taste.hub import HuggingFaceHub, ModelScopeHub
 from taste.model_install import AnotherModelError, DiskSpaceError, Installer, InstallError
-from taste.verify import MANIFEST_NAME, read_manifest
+from taste.verify import MANIFEST_NAME, read_records
 
 NEEDED = {
     "cosyvoice.yaml",
@@ -118,19 +118,19 @@ def test_a_new_folder_gets_every_needed_file_and_no_other(world):
 
 def test_each_model_comes_from_its_own_hub_unless_another_is_preferred(world):
     world.installer().install()
-    records = read_manifest(world.folder)
+    records = read_records(world.folder)
     assert (records["CosyVoice"].hub, records["Whisper"].hub) == ("ModelScope", "Hugging Face")
 
     for source, hub in (("modelscope", "ModelScope"), ("huggingface", "Hugging Face")):
         shutil.rmtree(world.folder)
         world.installer("--source", source).install()
-        assert {record.hub for record in read_manifest(world.folder).values()} == {hub}
+        assert {record.hub for record in read_records(world.folder).values()} == {hub}
 
 
 def test_the_manifest_holds_the_true_sha256_of_every_file(world):
     world.installer().install()
 
-    recorded = {path: file for record in read_manifest(world.folder).values() for path, file in record.files.items()}
+    recorded = {path: file for record in read_records(world.folder).values() for path, file in record.files.items()}
     assert set(recorded) == NEEDED
     for name, file in recorded.items():
         assert (file.size_bytes, file.sha256) == (len(content_of(world, name)), sha256(content_of(world, name)))
@@ -181,7 +181,7 @@ def test_a_folder_filled_before_the_tokenizer_was_wanted_gets_it_and_nothing_els
 
     world.installer().install()
     assert sorted(world.fetched[len(before) :]) == sorted(name.removeprefix("whisper/") for name in WRITING)
-    assert WRITING < set(read_manifest(world.folder)["Whisper"].files)
+    assert WRITING < set(read_records(world.folder)["Whisper"].files)
 
 
 def test_a_damaged_tokenizer_is_found_without_a_network(world):
@@ -204,7 +204,7 @@ def test_the_other_hub_steps_in_for_one_that_does_not_answer(world, away, other)
     world.addresses[away] = CLOSED_ADDRESS
 
     world.installer().install()
-    assert {record.hub for record in read_manifest(world.folder).values()} == {other}
+    assert {record.hub for record in read_records(world.folder).values()} == {other}
     assert files_under(world.folder) == NEEDED | {MANIFEST_NAME}
 
 
@@ -217,7 +217,7 @@ def test_the_other_hub_steps_in_for_one_file_and_the_good_ones_are_kept(world, f
     world.modelscope.faults["flow.pt"] = fault
 
     world.installer("--no-whisper").install()
-    assert read_manifest(world.folder)["CosyVoice"].hub == "Hugging Face"
+    assert read_records(world.folder)["CosyVoice"].hub == "Hugging Face"
     assert (world.folder / "flow.pt").read_bytes() == content_of(world, "flow.pt")
     assert world.fetched.count("llm.pt") == 1
 
@@ -257,7 +257,7 @@ def test_a_failed_run_keeps_what_arrived_and_the_next_one_fetches_the_rest(world
     world.hugging_face.faults["hift.pt"] = Fault(status=404)
     with pytest.raises(InstallError):
         world.installer("--no-whisper").install()
-    assert read_manifest(world.folder) == {}
+    assert read_records(world.folder) == {}
 
     world.hugging_face.faults.clear()
     world.installer("--no-whisper").install()
@@ -283,7 +283,7 @@ def test_an_existing_folder_is_adopted_without_a_transfer(world):
 
     world.installer().install()
     assert world.fetched == []
-    assert read_manifest(world.folder)["CosyVoice"].hub == "ModelScope"
+    assert read_records(world.folder)["CosyVoice"].hub == "ModelScope"
 
 
 def test_an_existing_folder_is_adopted_without_a_network_and_compared_with_a_hub_later(world):
@@ -291,12 +291,12 @@ def test_an_existing_folder_is_adopted_without_a_network_and_compared_with_a_hub
     addresses = world.addresses
     world.cut_the_network()
     world.installer().install()
-    assert {record.hub for record in read_manifest(world.folder).values()} == {None}
+    assert {record.hub for record in read_records(world.folder).values()} == {None}
     world.installer().install()
 
     world.addresses = addresses
     world.installer().install()
-    assert {record.hub for record in read_manifest(world.folder).values()} == {"ModelScope", "Hugging Face"}
+    assert {record.hub for record in read_records(world.folder).values()} == {"ModelScope", "Hugging Face"}
     assert world.fetched == []
 
 
@@ -343,7 +343,7 @@ def test_a_folder_that_only_the_second_hub_knows_is_adopted(world):
         world.modelscope.repositories[repository] = files
 
     world.installer().install()
-    assert read_manifest(world.folder)["CosyVoice"].hub == "Hugging Face"
+    assert read_records(world.folder)["CosyVoice"].hub == "Hugging Face"
     assert world.fetched == []
 
 
@@ -513,7 +513,7 @@ def test_a_replacement_keeps_what_only_the_old_folder_holds(world):
     assert (world.folder / "mine/notes.txt").read_bytes() == b"notes"
     assert not (world.folder / ".download").exists()
     assert (world.folder / "whisper/model.safetensors").stat().st_ino == whisper  # moved, not copied
-    assert set(read_manifest(world.folder)) == {"CosyVoice", "Whisper"}
+    assert set(read_records(world.folder)) == {"CosyVoice", "Whisper"}
     assert world.fetched.count("llm.pt") == 2
 
 
@@ -557,7 +557,7 @@ def test_a_replacement_that_died_between_its_renames_is_brought_to_its_end(world
 
     world.installer().install()
     assert files_under(world.folder) == NEEDED | {MANIFEST_NAME, "mine.txt"}
-    assert read_manifest(world.folder)["CosyVoice"].hub == "ModelScope"
+    assert read_records(world.folder)["CosyVoice"].hub == "ModelScope"
     assert not previous.exists()
 
 
@@ -567,7 +567,7 @@ def test_an_archive_in_a_repository_is_unpacked_inside_the_folder(world):
 
     world.installer("--no-whisper", "--source", "modelscope").install()
     assert (world.folder / "llm.pt").read_bytes() == content_of(world, "llm.pt")
-    assert {"weights.tar.gz", "llm.pt", "flow.pt"} <= set(read_manifest(world.folder)["CosyVoice"].files)
+    assert {"weights.tar.gz", "llm.pt", "flow.pt"} <= set(read_records(world.folder)["CosyVoice"].files)
 
 
 def test_an_archive_that_reaches_out_of_the_folder_is_refused_and_the_other_hub_is_asked(world):
@@ -575,7 +575,7 @@ def test_an_archive_that_reaches_out_of_the_folder_is_refused_and_the_other_hub_
     repository["weights.tar.gz"] = tar({"../escaped.txt": b"out"})
 
     world.installer("--no-whisper", "--source", "modelscope").install()
-    assert read_manifest(world.folder)["CosyVoice"].hub == "Hugging Face"
+    assert read_records(world.folder)["CosyVoice"].hub == "Hugging Face"
     assert any("a path out of the folder ('../escaped.txt')" in line for line in world.said)
     assert not list(world.folder.parent.rglob("escaped.txt"))
 

@@ -17,7 +17,7 @@ from taste.verify import (
     format_problem,
     hash_file,
     human_bytes,
-    read_manifest,
+    read_records,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def test_the_strongest_known_hash_decides():
 
 
 def test_a_missing_or_broken_manifest_is_none(tmp_path):
-    assert read_manifest(tmp_path) == {}
+    assert read_records(tmp_path) == {}
     for text in (
         "",
         "[]",
@@ -124,7 +124,7 @@ def test_a_missing_or_broken_manifest_is_none(tmp_path):
         '{"version": 1, "parts": {"CosyVoice": {"files": 1}}}',
     ):
         (tmp_path / ".verified.json").write_text(text)
-        assert read_manifest(tmp_path) == {}
+        assert read_records(tmp_path) == {}
 
 
 def test_a_part_s_checks_name_required_recorded_and_present_files_once(tmp_path):

@@ -16,6 +16,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def compare(encoder: BaseEncoder, script: torch.jit.ScriptModule) -> Iterator[Pa
 
 def input_size(encoder: BaseEncoder) -> int:
     """Channels that an encoder takes."""
-    return encoder.embed.out[0].in_features
+    return cast(nn.Linear, encoder.embed.out[0]).in_features
 
 
 def run(settings: Settings) -> None:
@@ -172,6 +173,7 @@ def run(settings: Settings) -> None:
     output_dir = Path(settings.output_dir or settings.model_dir)
     failures = []
     for name, encoder in load_modules(settings.model_dir, settings.parts, PARTS):
+        assert isinstance(encoder, BaseEncoder), f"{name} is a {type(encoder).__name__}"
         for precision in settings.precisions:
             path = output_dir / f"{name}.{precision}.zip"
             try:

@@ -21,7 +21,7 @@ are not exported there).
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,10 @@ def _estimator(estimator: ConditionalDecoder) -> Graph:
 
 
 def _whole_sequence(encoder: BaseEncoder) -> Graph:
+    channels = cast(nn.Linear, encoder.embed.out[0]).in_features
+
     def example(frames: int) -> tuple[Tensor, ...]:
-        return torch.randn(_ROWS, frames, encoder.embed.out[0].in_features), torch.tensor([frames, (frames + 1) // 2])
+        return torch.randn(_ROWS, frames, channels), torch.tensor([frames, (frames + 1) // 2])
 
     def comparable(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         hidden, valid = outputs
@@ -141,11 +143,12 @@ def _whole_sequence(encoder: BaseEncoder) -> Graph:
 def _step(encoder: BaseEncoder) -> Graph:
     step = _Step(encoder)
     layers, heads, head_width = len(step.encoder.layers), step.encoder.heads, step.encoder.head_width
+    channels = cast(nn.Linear, encoder.embed.out[0]).in_features
 
     def example(frames: int) -> tuple[Tensor, ...]:
         past = _PAST if frames == TRACED_LENGTH else frames % 7  # 7 is one of the checked lengths: no past then
         return (
-            torch.randn(1, frames, encoder.embed.out[0].in_features),
+            torch.randn(1, frames, channels),
             torch.randn(layers, heads, past, 2 * head_width),
             torch.ones(1, frames, past + frames, dtype=torch.bool).tril(past),
         )
@@ -195,7 +198,7 @@ def compare(graph: Graph, path: Path) -> list[Pair]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    pairs = []
+    pairs: list[Pair] = []
     for frames in CHECKED_LENGTHS:
         inputs = graph.example(frames)
         wanted = graph.module(*inputs)

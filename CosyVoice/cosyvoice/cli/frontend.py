@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ class CosyVoiceFrontEnd:
             return None
         import inflect
 
-        return inflect.engine()
+        return cast(NumberSpeller, inflect.engine())
 
     def _extract_text_token(self, text: str) -> tuple[Tensor, Tensor]:
         """Tokenize a text: tokens [1, T] and their number [1], both int32."""

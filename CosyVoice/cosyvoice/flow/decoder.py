@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +201,7 @@ class Stage(nn.ModuleList):
         """Map frames [B, C, F] to [B, C', F] without changing the resolution."""
         x = self[0](x, mask, time_emb).transpose(1, 2).contiguous()  # [B, F, C']
         bias = (1.0 - mask.to(x.dtype)).unsqueeze(1) * MASKED_LOGIT  # [B, 1, 1, F]: every frame sees the valid ones
-        for transformer in self[1]:
+        for transformer in cast(nn.ModuleList, self[1]):
             x = transformer(x, bias)
         return x.transpose(1, 2).contiguous()
 
@@ -256,13 +257,18 @@ class ConditionalDecoder(nn.Module):
 
         # The last stage of either side keeps its resolution: a plain convolution stands where others resample.
         lowest = len(widths) - 1
-        self.down_blocks = nn.ModuleList()
-        for level, (dim, dim_out) in enumerate(itertools.pairwise((in_channels, *widths))):
-            self.down_blocks.append(stage(dim, dim_out, _plain(dim_out) if level == lowest else Downsample1D(dim_out)))
-        self.mid_blocks = nn.ModuleList([stage(widths[-1], widths[-1]) for _ in range(num_mid_blocks)])
-        self.up_blocks = nn.ModuleList()
-        for level, (dim, dim_out) in enumerate(itertools.pairwise((*widths[::-1], widths[0]))):
-            self.up_blocks.append(stage(2 * dim, dim_out, _plain(dim_out) if level == lowest else Upsample1D(dim_out)))
+        down_blocks = [
+            stage(dim, dim_out, _plain(dim_out) if level == lowest else Downsample1D(dim_out))
+            for level, (dim, dim_out) in enumerate(itertools.pairwise((in_channels, *widths)))
+        ]
+        self.down_blocks = cast(Sequence[Stage], nn.ModuleList(down_blocks))
+        mid_blocks = [stage(widths[-1], widths[-1]) for _ in range(num_mid_blocks)]
+        self.mid_blocks = cast(Sequence[Stage], nn.ModuleList(mid_blocks))
+        up_blocks = [
+            stage(2 * dim, dim_out, _plain(dim_out) if level == lowest else Upsample1D(dim_out))
+            for level, (dim, dim_out) in enumerate(itertools.pairwise((*widths[::-1], widths[0])))
+        ]
+        self.up_blocks = cast(Sequence[Stage], nn.ModuleList(up_blocks))
         self.final_block = Block1D(widths[0], widths[0])
         self.final_proj = nn.Conv1d(widths[0], out_channels, 1)
         self.apply(_initialize)

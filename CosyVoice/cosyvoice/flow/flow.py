@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.flow.length_regulator import mel_frames_of_tokens
+from cosyvoice.flow.flow_matching import ConditionalCFM
+from cosyvoice.flow.length_regulator import InterpolateRegulator, mel_frames_of_tokens
+from cosyvoice.transformer.encoder import BaseEncoder
 from cosyvoice.utils.mask import make_pad_mask
 from cosyvoice.utils.precision import full_precision
 
@@ -60,15 +62,15 @@ class MaskedDiffWithXvec(nn.Module):
         vocab_size: int = 4096,
         input_frame_rate: int = 50,
         only_mask_loss: bool = True,
-        encoder: nn.Module | None = None,
-        length_regulator: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+        encoder: BaseEncoder | None = None,
+        length_regulator: InterpolateRegulator | None = None,
+        decoder: ConditionalCFM | None = None,
         decoder_conf: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        parts = {"encoder": encoder, "length_regulator": length_regulator, "decoder": decoder}
-        missing = [name for name, part in parts.items() if part is None]
-        if missing:
+        if encoder is None or length_regulator is None or decoder is None:
+            parts = {"encoder": encoder, "length_regulator": length_regulator, "decoder": decoder}
+            missing = [name for name, part in parts.items() if part is None]
             raise ValueError(f"MaskedDiffWithXvec got no {', '.join(missing)}: name each in the configuration")
         self.input_size = input_size
         self.vocab_size = vocab_size

@@ -6,7 +6,7 @@ Axes: B batch  N audio samples  C channels  P scores, all positions flattened  T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +85,11 @@ class DiscriminatorP(nn.Module):
         super().__init__()
         self.period = period
         padding = (PERIOD_KERNEL // 2, 0)
-        self.convs = nn.ModuleList()
+        convs = []
         for layer, (width_in, width_out) in enumerate(zip((1, *channels[:-1]), channels, strict=True)):
             stride = 1 if layer == len(channels) - 1 else PERIOD_STRIDE
-            self.convs.append(WeightNormConv2d(width_in, width_out, (PERIOD_KERNEL, 1), (stride, 1), padding))
+            convs.append(WeightNormConv2d(width_in, width_out, (PERIOD_KERNEL, 1), (stride, 1), padding))
+        self.convs = cast(Sequence[WeightNormConv2d], nn.ModuleList(convs))
         self.conv_post = WeightNormConv2d(channels[-1], 1, (3, 1), padding=(1, 0))
 
     def forward(self, x: Tensor) -> Judgement:
@@ -152,12 +153,11 @@ class SpecDiscriminator(nn.Module):
         self.win_length = win_length
         self.make_window = getattr(torch, window)
 
-        def conv(width_in: int, columns: int, stride: int) -> nn.Module:
+        def conv(width_in: int, columns: int, stride: int) -> nn.Conv2d:
             return weight_norm(nn.Conv2d(width_in, channels, (3, columns), (1, stride), padding=(1, columns // 2)))
 
-        self.discriminators = nn.ModuleList(
-            [conv(1, 9, 1), conv(channels, 9, 2), conv(channels, 9, 2), conv(channels, 9, 2), conv(channels, 3, 1)]
-        )
+        convs = [conv(1, 9, 1), conv(channels, 9, 2), conv(channels, 9, 2), conv(channels, 9, 2), conv(channels, 3, 1)]
+        self.discriminators = cast(Sequence[nn.Conv2d], nn.ModuleList(convs))
         self.out = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, y: Tensor) -> Judgement:
@@ -229,10 +229,15 @@ class MultipleDiscriminator(nn.Module):
         """Judge recordings and generated speech, both [B, N] float32."""
         by_period: Judgements = self.mpd(y.unsqueeze(1), y_hat.unsqueeze(1))
         by_resolution: Judgements = self.mrd(y, y_hat)
-        return Judgements(*(first + second for first, second in zip(by_period, by_resolution, strict=True)))
+        return Judgements(
+            by_period.real_scores + by_resolution.real_scores,
+            by_period.generated_scores + by_resolution.generated_scores,
+            by_period.real_maps + by_resolution.real_maps,
+            by_period.generated_maps + by_resolution.generated_maps,
+        )
 
 
-def _convolve(x: Tensor, conv: nn.Module, exchanged: bool = False) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv2d | WeightNormConv2d, exchanged: bool = False) -> Tensor:
     """Convolve [B, C, rows, columns] with the channels innermost in memory.
 
     That layout changes no value, and is two to six times faster on a CPU for maps of few channels.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class _SnakeFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, alpha, y = ctx.saved_tensors
+        x, alpha, y = ctx.saved_tensors  # type: ignore[attr-defined]
         column = alpha.view(1, -1, 1)
         scale = 1 / (column + SNAKE_EPSILON)
         slope = torch.sin(2 * column * x).mul_(grad)  # sin 2a = 2 sin a cos a
@@ -94,11 +94,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int = 512, kernel_size: int = 3, dilations: Sequence[int] = (1, 3, 5)) -> None:
         super().__init__()
 
-        def conv(dilation: int) -> nn.Module:
+        def conv(dilation: int) -> nn.Conv1d:
             return weight_norm(nn.Conv1d(channels, channels, kernel_size, dilation=dilation, padding="same"))
 
-        self.convs1 = nn.ModuleList([conv(dilation) for dilation in dilations])
-        self.convs2 = nn.ModuleList([conv(1) for _ in dilations])
+        self.convs1 = cast(Sequence[nn.Conv1d], nn.ModuleList([conv(dilation) for dilation in dilations]))
+        self.convs2 = cast(Sequence[nn.Conv1d], nn.ModuleList([conv(1) for _ in dilations]))
         self.activations1 = nn.ModuleList([Snake(channels) for _ in dilations])
         self.activations2 = nn.ModuleList([Snake(channels) for _ in dilations])
 
@@ -116,7 +116,7 @@ def _channels_innermost(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if x.device.type == "cpu" else x
 
 
-def _convolve(x: Tensor, conv: nn.Module) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """Apply a Conv1d of "same" padding as the convolution of one row: that one keeps the layout of [B, C, T]."""
     reach = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2
     row, weight = x.unsqueeze(2), conv.weight.unsqueeze(2)

@@ -3,8 +3,8 @@
 # B batch  L frames given  K frames looked at  H heads  W head width  D channels
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class BaseEncoder(nn.Module):
             options["positional_dropout_rate"],
             relu=options["input_layer"] == "linear_legacy",
         )
-        self.encoders = nn.ModuleList(
+        layers = [
             self.LAYER_CLASS(
                 RelPositionMultiHeadedAttention(options["attention_heads"], width, options["attention_dropout_rate"]),
                 PositionwiseFeedForward(width, options["linear_units"], dropout_rate, activation()),
@@ -63,7 +63,8 @@ class BaseEncoder(nn.Module):
                 options["layer_norm_eps"],
             )
             for _ in range(options["num_blocks"])
-        )
+        ]
+        self.encoders = cast(Sequence[EncoderLayer], nn.ModuleList(layers))
         self.after_norm = nn.LayerNorm(width, eps=1e-5)
 
     def output_size(self) -> int:
@@ -132,8 +133,8 @@ class BaseEncoder(nn.Module):
         if xs.size(0) != 1:
             raise ValueError(f"forward_chunk takes one sequence, got {xs.size(0)}; use new_cache and step for a batch")
         frames = xs.size(1)
-        has_past = att_cache is not None and att_cache.size(0) > 0
-        keys = frames + (att_cache.size(2) if has_past else 0)
+        before = att_cache if att_cache is not None and att_cache.size(0) > 0 else None
+        keys = frames + (0 if before is None else before.size(2))
         positioned = offset + frames
         if positioned not in (keys, 1):
             raise ValueError(
@@ -147,7 +148,7 @@ class BaseEncoder(nn.Module):
         kept_from = 0 if required_cache_size < 0 else max(keys - required_cache_size, 0)
         kept = []
         for index, layer in enumerate(self.encoders):
-            past = KeysValues(*att_cache[index : index + 1].chunk(2, dim=-1)) if has_past else None
+            past = None if before is None else KeysValues(*before[index : index + 1].chunk(2, dim=-1))
             x, present = layer(x, distances, visible, past)
             kept.append(torch.cat(present, dim=-1)[:, :, kept_from:])
         return self.after_norm(x), torch.cat(kept), xs.new_zeros(len(self.encoders), 0, 0, 0)

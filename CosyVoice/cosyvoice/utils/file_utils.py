@@ -37,7 +37,7 @@ def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = MIN_SAMPL
     from cosyvoice.utils.audio import resampling_rates
 
     is_open = hasattr(wav, "read")
-    if not is_open and not Path(wav).is_file():
+    if not hasattr(wav, "read") and not Path(wav).is_file():
         raise FileNotFoundError(f"there is no recording {wav}")
     try:
         samples, sample_rate_hz = soundfile.read(wav if is_open else str(wav), dtype="float32", always_2d=True)

@@ -104,7 +104,7 @@ class MuonWithAdamW(Optimizer):
                 )
             if optimizer is not None:
                 configured = group_settings(optimizer)
-                optimizer.load_state_dict(state)
+                optimizer.load_state_dict(state_dict[name])
                 for group, settings in zip(optimizer.param_groups, configured, strict=True):
                     group.update(settings)  # momentum and betas are those of now, as lr is
         for group, settings in zip(self.param_groups, state_dict["param_groups"], strict=True):

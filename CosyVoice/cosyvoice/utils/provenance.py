@@ -24,7 +24,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     """
     state = hashlib.sha256()
     for tensor in tensors:
-        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()[:DIGEST_DIGITS]
 
 
@@ -84,7 +84,8 @@ def changed_models(then: Mapping[str, object] | None, now: Mapping[str, object] 
     Returns:
         the differences in words; '' where there are none.
     """
-    both = (then or {}).keys() & (now or {}).keys()
+    then, now = then or {}, now or {}
+    both = then.keys() & now.keys()
     return "; ".join(f"{name}: {then[name]} then, {now[name]} now" for name in sorted(both) if then[name] != now[name])
 
 

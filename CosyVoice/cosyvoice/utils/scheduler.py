@@ -6,6 +6,7 @@ A schedule holds no state but the step, so a run that goes on under a changed co
 import math
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,9 +32,9 @@ class StepSchedule(LRScheduler):
         """
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The learning rates of the next step, one for each parameter group."""
-        return [lr * self.factor(self.last_epoch, lr) for lr in self.base_lrs]
+        return [lr * self.factor(self.last_epoch, float(lr)) for lr in self.base_lrs]
 
     def set_step(self, step: int) -> None:
         """Place the schedule.
@@ -126,7 +127,7 @@ class NoamHoldAnnealing(StepSchedule):
         if hold_steps is not None and hold_ratio is not None:
             raise ValueError("NoamHoldAnnealing wants at most one of hold_steps and hold_ratio")
         self.max_steps, self.decay_rate, self.min_lr = max_steps, decay_rate, min_lr
-        self.warmup_steps = int(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
+        self.warmup_steps = int(warmup_ratio * max_steps) if warmup_ratio is not None else warmup_steps or 0
         self.hold_steps = int(hold_ratio * max_steps) if hold_ratio is not None else hold_steps or 0
         if self.warmup_steps < 1:
             raise ValueError(f"NoamHoldAnnealing cannot do without a warm-up, got {self.warmup_steps} steps")

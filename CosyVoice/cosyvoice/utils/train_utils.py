@@ -1,7 +1,7 @@
 """From a configuration and a command line to what the training loop works with."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from cosyvoice.utils.prefetch import prefetched
 from cosyvoice.utils.scheduler import build_scheduler
 
 if TYPE_CHECKING:
-    from torch.utils.data import IterableDataset
+    from cosyvoice.dataset.dataset import Dataset
 
 MODELS = ("llm", "flow", "hifigan")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": MuonWithAdamW}
@@ -148,7 +148,9 @@ def build_turns(model: nn.Module, conf: Mapping[str, Any], config: TrainConfig, 
     """
     parts: list[tuple[str | None, nn.Module, str]] = [(None, model, "")]
     if hasattr(model, "discriminator"):
-        parts = [("discriminator", model.discriminator, "_d"), ("generator", model.generator, "")]
+        parts = [
+            (name, model.get_submodule(name), suffix) for name, suffix in (("discriminator", "_d"), ("generator", ""))
+        ]
     turns = []
     for name, part, suffix in parts:
         parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
@@ -178,12 +180,12 @@ def _optimizer(weights: list[Any], name: str, settings: Mapping[str, Any]) -> to
 
 
 def batch_source(
-    dataset: "IterableDataset[Batch]", seed: int, num_workers: int, ahead: int
-) -> Callable[[int, int], Iterator[Batch]]:
+    dataset: "Dataset", seed: int, num_workers: int, ahead: int
+) -> Callable[[int, int], Generator[Batch, None, None]]:
     """Make the batches of an epoch while the model works on earlier ones.
 
     Args:
-        dataset: with `set_epoch`; its order depends on nothing else.
+        dataset: its order depends on nothing else.
         seed: of the worker processes' generators.
         num_workers: processes that make batches; 0: one thread.
         ahead: batches held ready, by each worker.
@@ -192,7 +194,7 @@ def batch_source(
         `(epoch, skip)` -> the batches of an epoch without its first `skip`.
     """
 
-    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+    def batches(epoch: int, skip: int) -> Generator[Batch, None, None]:
         dataset.set_epoch(epoch)
         if not num_workers:
             made: Iterator[Batch] = prefetched(_without_first(dataset, skip), ahead)
