@@ -18,7 +18,6 @@ with everything saved).
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -144,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             anew = settings.mode == "train" and settings.num_epochs and settings.resume != "auto"
             again = "The same command with --resume auto" if anew else "The same command"
             print(f"model_code.py: {stopped}. {again} goes on from there.", file=sys.stderr)
-            return stop.exit_code if stop.requested else 128 + signal.SIGTERM  # another process was asked
+            return stop.exit_code
         except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
             print(f"model_code.py: error: {error}", file=sys.stderr)
             return 1

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import taste  # noqa: F401 -- makes cosyvoice importable
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
-from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, text_embedding_table
+from cosyvoice.utils.model_dir import CONFIG_FILE, SPEAKER_MODEL_FILE, ModelDir, get_tokenizer, text_embedding_table
 from cosyvoice.utils.output_lock import OutputBusyError
 from cosyvoice.utils.provenance import check_made_with, digest, file_digest
 from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
@@ -80,7 +80,6 @@ MEMORY_LIMIT_PERCENT: float = 90.0  # of the machine's or the container's memory
 
 # T text tokens   A Whisper frames, 50 Hz   D channels
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_SPEAKER_MODEL = "campplus.onnx"
 _MOST_WORKERS = 16
 _MEASURED_RECORDINGS = 200  # the disk use is estimated from so many
 _SAME_LENGTH_S = 0.02  # by which two lengths of one recording may differ
@@ -158,14 +157,14 @@ def load_models(settings: Settings) -> Models:
         ValueError: a file does not hold what it should, or the parts do not fit each other or the settings.
     """
     device = pick_device(settings.device)
-    model_dir = ModelDir(settings.model_dir).check(("cosyvoice.yaml", "llm.pt", _SPEAKER_MODEL))
+    model_dir = ModelDir(settings.model_dir).check((CONFIG_FILE, "llm.pt", SPEAKER_MODEL_FILE))
     dtype_name = settings.encoder_dtype
     if dtype_name == "auto":
         dtype_name = "float16" if device.type == "cuda" else "float32"
     models = Models(
         tokenizer=get_tokenizer(model_dir),
         text_embedding=text_embedding_table(model_dir),
-        speaker=SpeakerEncoder(model_dir.file(_SPEAKER_MODEL), device),
+        speaker=SpeakerEncoder(model_dir.file(SPEAKER_MODEL_FILE), device),
         whisper=WhisperEncoder(
             settings.whisper_dir or model_dir.file("whisper"), settings.mid_layer, device, _DTYPES[dtype_name]
         ),
@@ -191,7 +190,7 @@ def note_models(settings: Settings, models: Models, outputs: Outputs) -> None:
     made_with = {
         "text_embedding": digest([models.text_embedding]),
         "whisper": models.whisper.digest,
-        "speaker_model": file_digest(ModelDir(settings.model_dir).file(_SPEAKER_MODEL)),
+        "speaker_model": file_digest(ModelDir(settings.model_dir).file(SPEAKER_MODEL_FILE)),
         "mid_layer": settings.mid_layer,
         "feature_dtype": settings.feature_dtype,
     }

@@ -129,14 +129,13 @@ class Concat(nn.Module):
         return Fused(pad_sequence(rows, batch_first=True, padding_value=self.padding_value), lengths)
 
 
-def build_fusion(name: str, *, width: int, start: str = "balance", normalize: bool = False) -> nn.Module:
+def build_fusion(name: str, *, width: int, start: str = "balance") -> nn.Module:
     """Build a fusion by its name.
 
     Args:
         name: `weighted_sum`, `sum`, `concat` or `concat_with_sep`.
         width: D.
         start: see `WeightedSum`; the others do not look at it.
-        normalize: see `WeightedSum`; the others do not look at it.
 
     Returns:
         the module; `forward(text, text_lengths, audio, audio_lengths)` gives `Fused`.
@@ -145,7 +144,7 @@ def build_fusion(name: str, *, width: int, start: str = "balance", normalize: bo
         ValueError: there is no such fusion, or no such start.
     """
     fusions: dict[str, Callable[[], nn.Module]] = {
-        "weighted_sum": lambda: WeightedSum(start, normalize),
+        "weighted_sum": lambda: WeightedSum(start),
         "sum": Sum,
         "concat": Concat,
         "concat_with_sep": lambda: Concat(separator_width=width),

@@ -30,7 +30,7 @@ SYSTEMS = {  # in the table's order; others come after them
     "true_units": "true S3 units",
     "original": "original recording",
 }
-REFERENCES = ("original", "true_units")  # no models: they do not compete for the best value
+REFERENCES = ("original", "true_units")  # sounds that every run has, all alike: they do not compete for the best
 
 
 class Measure(NamedTuple):

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.llm.llm import Sampler
-from cosyvoice.utils.common import ras_sampling
 from taste.batch import Batch
 from taste.model import CosyVoiceS3Model
 from taste.official_names import rename
@@ -167,14 +165,13 @@ def tokenize(tokenizer: Any, text: str) -> TextTokens:
     )
 
 
-def load_taste_checkpoint(folder: str | os.PathLike[str], sampler: Sampler = ras_sampling) -> OfficialTaste:
+def load_taste_checkpoint(folder: str | os.PathLike[str]) -> OfficialTaste:
     """Open a released TASTE folder, strictly: every weight must be known and fit.
 
     Sizes come from the weights, everything else from config.json. The spoken LM's weights are not read.
 
     Args:
         folder: holds config.json with model.safetensors, or its shards and their index.
-        sampler: draws units where decoding asks for it.
 
     Returns:
         the model in eval mode, float32, on the CPU.
@@ -186,21 +183,18 @@ def load_taste_checkpoint(folder: str | os.PathLike[str], sampler: Sampler = ras
     folder = Path(folder)
     config = read_model_config(folder, MODEL_NAME, _fetch(folder))
     weights = _read_weights(folder)
-    taste = build_official({name: list(value.shape) for name, value in weights.items()}, config, sampler)
+    taste = build_official({name: list(value.shape) for name, value in weights.items()}, config)
     _check_fit(taste, weights, folder)
     taste.load_state_dict(weights, assign=True)  # Whisper's have no memory of their own yet
     return taste.eval()
 
 
-def build_official(
-    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], sampler: Sampler = ras_sampling
-) -> OfficialTaste:
+def build_official(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> OfficialTaste:
     """Build what weights of these shapes belong to.
 
     Args:
         shapes: our name -> shape.
         config: the released config.json.
-        sampler: draws units where decoding asks for it.
 
     Returns:
         the tokenizer; its weights are random, and Whisper's have no memory yet.
@@ -208,7 +202,7 @@ def build_official(
     Raises:
         ValueError: the configuration asks for what is not implemented, or a weight is missing that sizes come from.
     """
-    model = build_official_model(shapes, config, sampler)
+    model = build_official_model(shapes, config)
     whisper = build_whisper(shapes, look_up(config, "asr_config.encoder_attention_heads", WHISPER_DEFAULT_HEADS))
     mid_layer = look_up(config, "audio_tower_config.encoder__target_hidden_layer", DEFAULT_MID_LAYER)
     return OfficialTaste(whisper, model, mid_layer)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosyvoice.llm.llm import Sampler, TransformerLM
+from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.options import CAUSAL
+from cosyvoice.utils.common import ras_sampling
 from taste.audio_branch import AudioBranch
 from taste.fusion import WeightedSum
 from taste.model import CosyVoiceS3Model
@@ -48,15 +49,12 @@ IMPLEMENTED_DEFAULTS = {  # these are the published defaults as well: transforme
 WHISPER_DEFAULT_HEADS = 4  # of transformers' WhisperConfig, where the file names none
 
 
-def build_official_model(
-    shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], sampler: Sampler
-) -> CosyVoiceS3Model:
+def build_official_model(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> CosyVoiceS3Model:
     """Build the model that weights of these shapes belong to.
 
     Args:
         shapes: our name -> shape, `model.` before each.
         config: the released config.json.
-        sampler: draws units where decoding asks for it.
 
     Returns:
         the model, with random weights.
@@ -76,7 +74,7 @@ def build_official_model(
     sizes = _Sizes(shapes)
     normalize = look_up(config, "speech_decoder_config.fuse_encoded_audio_text_kwargs.normalize", True)
     return CosyVoiceS3Model(
-        _build_llm(sizes, config, sampler),
+        _build_llm(sizes, config),
         _build_aggregator(sizes, config),
         audio_branch=_build_audio_branch(sizes),
         fusion=WeightedSum(normalize=normalize),
@@ -145,7 +143,7 @@ class _Sizes:
         }
 
 
-def _build_llm(sizes: _Sizes, config: Mapping[str, Any], sampler: Sampler) -> TransformerLM:
+def _build_llm(sizes: _Sizes, config: Mapping[str, Any]) -> TransformerLM:
     common: dict[str, Any] = {
         "dropout_rate": DROPOUT,
         "positional_dropout_rate": DROPOUT,
@@ -170,7 +168,7 @@ def _build_llm(sizes: _Sizes, config: Mapping[str, Any], sampler: Sampler) -> Tr
         speech_token_size=sizes.of("model.llm.speech_embedding.weight"),
         text_encoder=text_encoder,
         llm=llm,
-        sampling=sampler,
+        sampling=ras_sampling,
         length_normalized_loss=look_up(config, "speech_decoder_config.length_normalized_loss", True),
         lsm_weight=look_up(config, "speech_decoder_config.lsm_weight", 0.0),
         spk_embed_dim=sizes.of("model.llm.spk_embed_affine_layer.weight", 1),

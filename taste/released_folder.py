@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from cosyvoice.utils.model_dir import ModelDir, sizes
+from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, ModelDir, sizes
 from cosyvoice.utils.provenance import file_digest
 from taste.model import CosyVoiceS3Model
 
 UNITS_PER_SECOND = 50  # that a released TASTE learned to say; its weights do not tell
-SPEAKER_MODEL = "campplus.onnx"
 RELEASED_SPEAKER_MODEL = "cosyvoice/speaker_embed.onnx"  # in the released folder, the same under another name
 
 
@@ -53,7 +52,7 @@ def speaker_model_warning(folder: str | Path, model_dir: str | Path) -> str | No
     Returns:
         a warning, where both have one and their weights differ; else None.
     """
-    theirs, used = Path(folder) / RELEASED_SPEAKER_MODEL, ModelDir(model_dir).file(SPEAKER_MODEL)
+    theirs, used = Path(folder) / RELEASED_SPEAKER_MODEL, ModelDir(model_dir).file(SPEAKER_MODEL_FILE)
     if not (theirs.is_file() and used.is_file()) or file_digest(theirs) == file_digest(used):
         return None
     weights = _weights(theirs)

@@ -21,7 +21,7 @@ from cosyvoice.utils.tensor_file import save_tensors
 from taste.asr import Found, find_aligner, normalise
 from taste.audio import AudioError, read_audio
 from taste.data import UtteranceDataset, spread_evenly
-from taste.measure_table import Measures, title_of, to_markdown
+from taste.measure_table import REFERENCES, Measures, title_of, to_markdown
 from taste.report import ReportUtterance, write_report
 from taste.sound_metrics import UtteranceSounds, evaluate_sounds
 from taste.text import SPELLED_BY_CHARACTER
@@ -31,7 +31,6 @@ from taste.words import word_spans
 
 SHOWN_FILE = "shown.pt"
 TABLE_FILE = "table.md"
-REFERENCES = ("original", "true_units")  # sounds that every run has of an utterance, and all of them alike
 OWN_SOUND = "predicted"  # how a run names what its model said
 MOST_SHOWN = 12  # utterances on a page, of about 300 kB a sound each
 

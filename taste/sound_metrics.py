@@ -19,6 +19,7 @@ from torchaudio.functional import create_dct
 
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
+from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE
 from cosyvoice.utils.stops import leave_if_asked
 from taste.asr import RECOGNISER_RATE_HZ, Found, Recogniser, Word, find_recogniser, normalise, resampled
 from taste.naturalness import find_utmos
@@ -41,8 +42,6 @@ DURATION_TOLERANCE_S = 0.05  # within which a word's duration is kept
 DURATION_WINDOW_S = 0.025  # below which it is kept in the published evaluation of TASTE (tools/.local there, @ 301bce2)
 ROUNDING_S = 1e-6  # that must not push a difference over an edge: times are multiples of 10 or 20 ms
 DB_PER_NEPER = 20 / math.log(10)  # of a natural logarithm of an amplitude
-
-SPEAKER_FILE = "campplus.onnx"
 
 
 class SoundMetrics(NamedTuple):
@@ -410,7 +409,7 @@ def _compare(
 
 
 def _speaker_encoder(model_dir: Path, skipped: dict[str, str]) -> SpeakerEncoder | None:
-    path = model_dir / SPEAKER_FILE
+    path = model_dir / SPEAKER_MODEL_FILE
     if path.is_file():
         return SpeakerEncoder(path)
     skipped["speaker_similarity"] = f"skipped: needs {path}"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.model_dir import ModelDir, get_tokenizer, sizes
+from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, ModelDir, get_tokenizer, sizes
 from cosyvoice.utils.settings import pick_device
 from taste.asr import WhisperRecogniser, whisper_lacks
 from taste.audio import read_audio
@@ -27,8 +27,6 @@ from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from taste.words import word_spans
 
 # T text tokens   W words   L codes a word   N samples   A Whisper frames, 50 Hz
-
-SPEAKER_MODEL = "campplus.onnx"
 
 
 class OtherModelError(ValueError):
@@ -99,7 +97,7 @@ class TasteTokenizer:
         self._text_tokenizer = get_tokenizer(self._folder)
         self._speaker: SpeakerEncoder | None = None
         if self.model.use_speaker:
-            self._speaker = SpeakerEncoder(self._folder.file(SPEAKER_MODEL), self.device)
+            self._speaker = SpeakerEncoder(self._folder.file(SPEAKER_MODEL_FILE), self.device)
         self._decoder: UnitDecoder | None = None
         self._whisper_folder = Path(whisper_dir or self._folder.file("whisper"))
         self._recogniser: WhisperRecogniser | None = None

@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE
-from cosyvoice.utils.output_lock import OutputBusyError
 from cosyvoice.utils.provenance import file_digest
-from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.settings import Settings, pick_device, run_script
 from taste.audio import read_audio
 from taste.extraction import Work, extract
 from taste.feature_store import open_features
@@ -106,12 +105,7 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        return run(settings)
-    except (OSError, ValueError, OutputBusyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":

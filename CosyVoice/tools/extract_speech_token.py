@@ -19,9 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.output_lock import OutputBusyError
 from cosyvoice.utils.provenance import file_digest
-from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
+from cosyvoice.utils.settings import Settings, describe_device, pick_device, run_script
 from taste.extraction import Work, extract
 from taste.recordings import list_recordings
 from taste.s3_units import open_extractor, read_recording
@@ -71,12 +70,7 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        return run(settings)
-    except (OSError, ValueError, OutputBusyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":

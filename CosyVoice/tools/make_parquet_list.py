@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.atomic import atomic_path, remove_leftovers
 from cosyvoice.utils.interrupt import StopRequest
-from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
-from cosyvoice.utils.settings import Settings, parse_settings
+from cosyvoice.utils.output_lock import OutputLock
+from cosyvoice.utils.settings import Settings, run_script
 from taste.utterance_ids import normalise_key
 
 NUM_UTTS_PER_PARQUET = 1000  # utterances a shard
@@ -313,12 +313,7 @@ def run(settings: Settings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        return run(settings)
-    except (OSError, ValueError, OutputBusyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_script(__file__, globals(), run, argv)
 
 
 def _plain(value: Any) -> Any:

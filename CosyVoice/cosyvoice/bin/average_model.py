@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.model_dir import read_weights
-from cosyvoice.utils.settings import Settings, parse_settings
+from cosyvoice.utils.settings import Settings, run_script
 from cosyvoice.utils.tensor_file import save_tensors
 
 DST_MODEL = None  # str: .pt file to write
@@ -182,13 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: command-line words without the program's name; None takes those of the process.
     """
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        run(settings)
-    except (ValueError, OSError) as error:
-        print(f"average_model.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from cosyvoice.utils.export import (
     load_modules,
     quiet_tracing,
 )
-from cosyvoice.utils.settings import Settings, parse_settings
+from cosyvoice.utils.settings import Settings, run_script
 
 MODEL_DIR = None  # str: model folder to export (required)
 OUTPUT_DIR = None  # str: where to write; none: into the model folder
@@ -236,13 +236,7 @@ def run(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        run(settings)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":

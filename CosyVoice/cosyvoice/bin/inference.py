@@ -46,9 +46,9 @@ from cosyvoice.utils.config import ConfigError, load_config
 from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
 from cosyvoice.utils.model_dir import CONFIG_FILE, WEIGHT_FILES
-from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
+from cosyvoice.utils.output_lock import OutputLock
 from cosyvoice.utils.provenance import check_made_with, file_digest
-from cosyvoice.utils.settings import Settings, parse_settings, pick_device
+from cosyvoice.utils.settings import Settings, pick_device, run_script
 
 CONFIG = None  # str: cosyvoice.yaml with data_pipeline; none: the one in --model_dir
 PROMPT_DATA = None  # str: data.list of the utterances that lend their voices (required)
@@ -349,12 +349,7 @@ def _device(settings: Settings) -> torch.device:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
-    settings = parse_settings(__file__, globals(), argv)
-    try:
-        return run(settings)
-    except (OSError, ValueError, OutputBusyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":

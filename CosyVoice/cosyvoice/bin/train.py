@@ -18,7 +18,6 @@ Exit codes: 0 complete, or --max_minutes are over; 1 error; 2 unknown flag; 130 
 """
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,8 +35,9 @@ from cosyvoice.utils.checkpoint import (
     load_initial_weights,
     load_state_file,
 )
+from cosyvoice.utils.common import set_all_random_seed
 from cosyvoice.utils.config import load_config, read_config
-from cosyvoice.utils.executor import LAST_FOLDER, Batch, Executor, Outcome, seed_everything
+from cosyvoice.utils.executor import LAST_FOLDER, Batch, Executor, Outcome
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.output_lock import OutputBusyError, OutputLock
 from cosyvoice.utils.provenance import file_digest
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"train.py: {settings.model} training {state}: {outcome.reason}")
         except RunStopped as stopped:
             print(f"train.py: {stopped}. The same command goes on from there.", file=sys.stderr)
-            return stop.exit_code if stop.requested else 128 + signal.SIGTERM  # another process was asked
+            return stop.exit_code
         except (ValueError, OSError, OutputBusyError, NonFiniteLossError) as error:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 1
@@ -155,7 +155,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
     model_dir = Path(settings.model_dir)
 
     with OutputLock(model_dir / LAST_FOLDER) if accelerator.is_main_process else nullcontext():
-        seed_everything(config.seed)
+        set_all_random_seed(config.seed)
         model = load_model(settings.config, settings.model)
         saved = load_state_file(model_dir / LAST_FOLDER)
         start = check_start(settings.checkpoint, saved[1] if saved else None, model_dir / LAST_FOLDER)
@@ -189,7 +189,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> Outcome:
         log.say(describe(settings, model, accelerator))
         if flags := ignored(settings):
             log.say(f"ignored, as nothing here needs them: {', '.join(flags)}")
-        seed_everything(config.seed + accelerator.process_index)  # each process its own dropout
+        set_all_random_seed(config.seed + accelerator.process_index)  # each process its own dropout
         if saved:
             executor.resume(*saved, model_dir / LAST_FOLDER)
         else:

@@ -17,10 +17,10 @@ def set_all_random_seed(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators (every CUDA device included).
 
     Args:
-        seed: any value that all three accept, 0 .. 2**32 - 1.
+        seed: any integer of at least 0.
     """
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # seeds the CUDA generators as well
 
 

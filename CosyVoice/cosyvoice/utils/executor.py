@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
@@ -11,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from cosyvoice.utils.checkpoint import (
     save_state,
     some,
 )
+from cosyvoice.utils.common import set_all_random_seed
 from cosyvoice.utils.config import random_states_kept
 from cosyvoice.utils.muon import group_settings
 from cosyvoice.utils.scheduler import StepSchedule, WarmupCosine
@@ -436,7 +435,7 @@ class Executor:
             for number, batch in enumerate(batches):
                 if number % accelerator.num_processes != accelerator.process_index:
                     continue
-                seed_everything(self.config.seed + number)
+                set_all_random_seed(self.config.seed + number)
                 with self._autocast():
                     losses = self.model(self._told(self.turns[-1], batch), self._device)
                 means = {name: float(value.float().mean()) for name, value in losses.items()}
@@ -567,17 +566,6 @@ class Executor:
             save_state(self.model_dir / LAST_FOLDER, state, {"progress": asdict(self.progress), **self.notes})
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators.
-
-    Args:
-        seed: any integer of at least 0.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:

@@ -42,9 +42,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the process should end with: 130 after Ctrl-C, 143 after SIGTERM."""
-        assert self.signal_number is not None, "nobody has asked to stop"
-        return FIRST_SIGNAL_EXIT_CODE + self.signal_number
+        """What the process should end with: 130 after Ctrl-C, 143 after SIGTERM, or where another process was asked."""
+        return FIRST_SIGNAL_EXIT_CODE + (self.signal_number or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is None:

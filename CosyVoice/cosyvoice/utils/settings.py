@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.output_lock import OutputBusyError
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +130,31 @@ def parse_settings(script: str, constants: Mapping[str, Any], argv: Sequence[str
     words = sys.argv[1:] if argv is None else argv
     parsed = parser.parse_args([_dashed(word) for word in words])
     return Settings(found, vars(parsed))
+
+
+def run_script(
+    script: str,
+    constants: Mapping[str, Any],
+    run: Callable[[Settings], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a script with its settings, and tell in one line what is wrong.
+
+    Args:
+        script: as for `parse_settings`.
+        constants: likewise.
+        run: the script; what it raises of OSError, ValueError and OutputBusyError is for the person at the keyboard.
+        argv: as for `parse_settings`.
+
+    Returns:
+        the exit code: what `run` gives, 0 for nothing; 1 after an error.
+    """
+    settings = parse_settings(script, constants, argv)
+    try:
+        return run(settings) or 0
+    except (OSError, ValueError, OutputBusyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def find_constants(source: str, values: Mapping[str, Any]) -> list[Constant]:

@@ -63,13 +63,13 @@ class GraphBuilder:
         product = self.node(f"{name}/Mul", "Mul", [x, shifted])
         return self.node(f"{name}/Mul_1", "Mul", [product, self.constant(f"{name}/Constant_2", 0.5)])
 
-    def layer_norm(self, name: str, x: str, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> str:
+    def layer_norm(self, name: str, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
         """Add a LayerNorm over the last axis, spelt out: weight in `<name>/Mul`, bias in `<name>/Add_1`."""
         mean = self.node(f"{name}/ReduceMean", "ReduceMean", [x], axes=[-1])
         centred = self.node(f"{name}/Sub", "Sub", [x, mean])
         squared = self.node(f"{name}/Pow", "Pow", [centred, self.constant(f"{name}/Constant", 2.0)])
         variance = self.node(f"{name}/ReduceMean_1", "ReduceMean", [squared], axes=[-1])
-        stable = self.node(f"{name}/Add", "Add", [variance, self.constant(f"{name}/Constant_1", eps)])
+        stable = self.node(f"{name}/Add", "Add", [variance, self.constant(f"{name}/Constant_1", 1e-5)])
         deviation = self.node(f"{name}/Sqrt", "Sqrt", [stable])
         unit = self.node(f"{name}/Div", "Div", [centred, deviation])
         prefix = name[1:].replace("/", ".")

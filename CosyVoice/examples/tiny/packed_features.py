@@ -24,15 +24,12 @@ class PackedRows:
         rows: of each utterance, [length, ...].
         padding: what stands behind an utterance's end in a batch.
         device: where to keep them.
-        dtype: how; None: as they are.
     """
 
-    def __init__(
-        self, rows: Sequence[Tensor], padding: float, device: torch.device, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[Tensor], padding: float, device: torch.device) -> None:
         self.lengths = np.array([len(row) for row in rows])
         padded = [*rows, torch.full_like(rows[0][:1], padding)]
-        self.values = torch.cat([row.to(dtype or row.dtype) for row in padded]).to(device)  # [N + 1, ...]
+        self.values = torch.cat(padded).to(device)  # [N + 1, ...]
         starts = np.concatenate([[0], self.lengths.cumsum()])[:-1]
         self.starts, self.device_lengths = (torch.from_numpy(part).to(device) for part in (starts, self.lengths))
 
