@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import taste  # noqa: F401 -- makes cosyvoice importable
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from cosyvoice.utils.settings import parse_settings
 
 LIBRISPEECH = ("LibriSpeech/train-clean-100",)  # folders to read, with their speakers' folders inside
@@ -184,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if language is not None:
         entries = [entry | {"language": language} for entry in entries]
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-    with atomic_path(output) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output, "\n".join(lines) + "\n")
     speakers = {entry["speaker"] for entry in entries if "speaker" in entry}
     print(f"{output}: {len(entries)} utterances of {len(speakers) or 'unknown'} speakers")
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.tensor_file import save_tensors
 
 if TYPE_CHECKING:
@@ -184,17 +184,6 @@ def code_commit(folder: Path) -> str | None:
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically.
-
-    Args:
-        path: the file.
-        value: what JSON can hold.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _git(folder: Path, *words: str) -> str:

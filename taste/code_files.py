@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from taste.tokenizer import SpeechCodes
 
 # W words   L codes a word
@@ -28,8 +28,7 @@ def write_codes(path: Path, spoken: SpeechCodes) -> None:
     lines = [f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
     lines.append('"words": [\n    ' + ",\n    ".join(words) + "\n  ]")
     lines.append(f'"speaker": {json.dumps(None if spoken.speaker is None else spoken.speaker.tolist())}')
-    with atomic_path(path) as temporary:
-        temporary.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
 
 
 def read_codes(path: Path) -> SpeechCodes:

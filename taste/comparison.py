@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.settings import Settings
-from taste.checkpoint import write_json
 from taste.input_fingerprint import inputs_digest
 from taste.measure_table import PAPER
 from taste.model import VARIANTS

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,5 @@ def list_failures(output_path: Path, failures: Sequence[Failure]) -> None:
     path.unlink(missing_ok=True)
     if failures:
         lines = [json.dumps(asdict(failure), ensure_ascii=False) + "\n" for failure in failures]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write_text(path, "".join(lines))
         print(f"{len(failures)} utterances failed; they are listed in {path}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from taste import report_charts as charts
 from taste.measure_table import PAPER_MARK, PAPER_NOTE, Measures, lay_out, title_of
 
@@ -140,8 +140,7 @@ def write_report(
         utterances_in_all=max(len(utterances), utterances_in_all or 0),
     )
     path = Path(run_folder) / REPORT_FILE
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

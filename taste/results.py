@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.stops import leave_if_asked
 from taste.audio import AudioError, read_audio
 from taste.batch import collate
-from taste.checkpoint import write_json
 from taste.data import UtteranceDataset, spread_evenly
 from taste.epoch_plan import batches_by_length
 from taste.generation import Generated, Sampling, generate

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
 from cosyvoice.utils.tensor_file import save_tensors
@@ -137,8 +137,7 @@ def write_run_report(
         for note in sounds.get("notes", ()):
             notes.setdefault(note, []).append(title_of(system))
     lines = [note if len(owners) == len(runs) else f"{', '.join(owners)}: {note}" for note, owners in notes.items()]
-    with atomic_path(Path(folder) / TABLE_FILE) as temporary:
-        temporary.write_text(to_markdown(measures, skipped, lines), encoding="utf-8")
+    write_text(Path(folder) / TABLE_FILE, to_markdown(measures, skipped, lines))
     utterances, decoded = _utterances(runs, model_dir, found)
     return write_report(
         Path(folder),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.model_dir import ModelDir
 from cosyvoice.utils.provenance import file_digest
@@ -168,8 +168,7 @@ def _spoken_before(folder: Path, all_spoken: Mapping[Path, SpeechCodes], how: di
         return {path for path, wav in sounds.items() if wav.is_file() and wav.stat().st_mtime >= path.stat().st_mtime}
     for path in all_spoken:  # made in another way: they must not pass for these, should the run be stopped
         (folder / f"{path.stem}.wav").unlink(missing_ok=True)
-    with atomic_path(note) as temporary:
-        temporary.write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+    write_json(note, how)
     return set()
 
 

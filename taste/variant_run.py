@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 import taste
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.model_dir import sizes
 from cosyvoice.utils.output_lock import OutputLock
 from cosyvoice.utils.provenance import noted_models
@@ -20,7 +21,6 @@ from taste.checkpoint import (
     code_commit,
     disk_warning,
     load_checkpoint,
-    write_json,
 )
 from taste.data import UtteranceDataset
 from taste.input_fingerprint import inputs_digest

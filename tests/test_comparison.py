@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from taste.checkpoint import write_json
+from cosyvoice.utils.atomic import write_json
 from taste.comparison import epochs_trained, write_comparison
 from tests.small_model_folder import write_small_model_folder
 

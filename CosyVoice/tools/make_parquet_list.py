@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.atomic import atomic_path, remove_leftovers
+from cosyvoice.utils.atomic import atomic_path, remove_leftovers, write_text
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.output_lock import OutputLock
 from cosyvoice.utils.settings import Settings, run_script
@@ -303,8 +303,7 @@ def run(settings: Settings) -> int:
                 print("stopped; run the same command again to go on")
                 return stop.exit_code
         for name, place in (("utt2data.list", 1), ("spk2data.list", 2), ("data.list", 0)):
-            with atomic_path(folder / name) as temporary:
-                temporary.write_text("".join(f"{shard[place]}\n" for shard in shards), encoding="utf-8")
+            write_text(folder / name, "".join(f"{shard[place]}\n" for shard in shards))
     utterances = sum(len(shard.rows) for shard in shards)
     kept = f" ({len(shards) - written} of them kept)" if written < len(shards) else ""
     print(f"{folder / 'data.list'}: {utterances} utterances in {len(shards)} shards{kept}")

@@ -41,7 +41,7 @@ from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.dataset import processor
 from cosyvoice.dataset.dataset import Dataset, read_data_list
 from cosyvoice.dataset.sample import REMAKE_SHARDS, Sample
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path, write_json
 from cosyvoice.utils.config import ConfigError, load_config
 from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
@@ -242,8 +242,7 @@ def keep_finished(texts: Sequence[Text], prompts: Mapping[str, str], result_dir:
         if said.get(text.key) != now:
             (result_dir / f"{text.key}.wav").unlink(missing_ok=True)
             said[text.key] = now
-    with atomic_path(record) as temporary:
-        temporary.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(record, said)
     return [text for text in texts if not (result_dir / f"{text.key}.wav").is_file()]
 
 

@@ -1,9 +1,11 @@
 """Writing a file so that it is either whole or not there, whatever stops the process."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TEMPORARY_MARK = ".writing-"
 
@@ -31,6 +33,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as UTF-8, as `atomic_path` does.
+
+    Args:
+        path: the file.
+        text: its whole content.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a value as readable JSON, as `atomic_path` does.
+
+    Args:
+        path: the file.
+        value: what JSON can hold.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.utils.atomic import atomic_path, remove_leftovers
+from cosyvoice.utils.atomic import remove_leftovers, write_text
 from cosyvoice.utils.config import Call
 from cosyvoice.utils.model_dir import load_state, read_weights
 from cosyvoice.utils.tensor_file import save_tensors
@@ -94,8 +94,7 @@ def save_state(folder: Path, state: Mapping[str, Any], notes: Mapping[str, Any])
     """
     text = json.dumps(notes, indent=2, ensure_ascii=False)
     save_tensors(folder / STATE_FILE, {**state, "notes": text})
-    with atomic_path(folder / NOTES_FILE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / NOTES_FILE, text + "\n")
 
 
 def load_state_file(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 
 DIGEST_DIGITS = 16
 
@@ -70,8 +70,7 @@ def check_made_with(path: str | os.PathLike[str], made_with: Mapping[str, object
         ]
         if changes:
             raise ValueError("the outputs were made differently:\n" + "\n".join(changes) + f"\n{remedy}")
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(dict(made_with), indent=2) + "\n", encoding="utf-8")
+    write_json(path, dict(made_with))
 
 
 def changed_models(then: Mapping[str, object] | None, now: Mapping[str, object] | None) -> str:

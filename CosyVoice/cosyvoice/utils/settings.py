@@ -17,7 +17,6 @@ or, of what may be None, at the beginning of the comment (`LIMIT = None  # int: 
 import argparse
 import ast
 import io
-import json
 import os
 import re
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.output_lock import OutputBusyError
 
 if TYPE_CHECKING:
@@ -96,8 +95,7 @@ class Settings:
         Args:
             path: the file to write; its folder is made if missing.
         """
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 def parse_settings(script: str, constants: Mapping[str, Any], argv: Sequence[str] | None = None) -> Settings:

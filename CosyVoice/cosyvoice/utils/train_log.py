@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
@@ -37,8 +37,7 @@ class TrainLog:
         if not active:
             return
         self._entries = _entries_until(self.path, step)
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self._entries), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self._entries))
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from recipe_results import describe_results
 
 import taste
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import load_weights, read_torch_file
 from cosyvoice.utils.settings import Settings, parse_settings
@@ -208,8 +208,7 @@ def write_readme(folder: Path, work_dir: Path, output_name: str) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != "README.md")
     template = string.Template(_README.read_text(encoding="utf-8"))
     values = describe_results(work_dir) | {"output": output_name, "size": f"{size / _MEGABYTE:.1f} MB"}
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(template.substitute(values), encoding="utf-8")
+    write_text(folder / "README.md", template.substitute(values))
 
 
 def run(settings: Settings) -> None:

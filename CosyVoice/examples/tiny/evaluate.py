@@ -41,14 +41,13 @@ from listeners import VoiceJudge, hear_in_worker, open_recogniser, similarity, s
 
 import taste
 from cosyvoice.cli.cosyvoice import CosyVoice
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json, write_text
 from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file
 from cosyvoice.utils.provenance import file_digest
 from taste.asr import ListenerMissingError
 from taste.audio import AudioError, read_audio
-from taste.checkpoint import write_json
 from taste.manifest import read_manifest
 from taste.plots import plot_mels
 from taste.recordings import read_table
@@ -86,8 +85,7 @@ class Notes:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            with atomic_path(path) as temporary:
-                temporary.write_text(whole, encoding="utf-8")
+            write_text(path, whole)
         for line in whole.splitlines():
             note = json.loads(line)
             self.by_id[note["id"]] = note
@@ -364,8 +362,7 @@ def prepare_output(args: argparse.Namespace) -> None:
         keep = all(before.get(name) == made_with[name] for name in ("data", "lines"))
         lines = [line for line in heard.read_text(encoding="utf-8").splitlines(True)] if heard.exists() else []
         kept = [line for line in lines if keep and line.endswith("\n") and json.loads(line)["id"].endswith("/original")]
-        with atomic_path(heard) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        write_text(heard, "".join(kept))
     write_json(mark, made_with)
 
 
@@ -469,8 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = table_rows(results, with_targets=args.manifest is None)
     write_json(args.output / "report.json", results)
     title = f"{args.model_dir} on {args.manifest or args.data_dir} ({len(utterances)} utterances)"
-    with atomic_path(args.output / "report.md") as temporary:
-        temporary.write_text(to_markdown(rows, title) + f"\n    {command}\n", encoding="utf-8")
+    write_text(args.output / "report.md", to_markdown(rows, title) + f"\n    {command}\n")
     print(f"{title}\n{to_text(rows)}\nreport: {args.output / 'report.md'}; listen to {args.output / 'wavs'}")
     return 0
 

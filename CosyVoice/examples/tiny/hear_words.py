@@ -46,13 +46,13 @@ from whisper_batches import MEL_PER_FRAME, disturb, silence_of
 from whisper_start import MID_LAYER, begin_as_earlier
 from whisper_training import CLEAR_FRAMES, encode
 
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.model_dir import sizes
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
 from cosyvoice.utils.provenance import file_digest
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.batch import Batch
 from taste.build import build_together
-from taste.checkpoint import write_json
 from taste.pretrained_parts import PARTS_FILE, write_parts
 from taste.scoring import Totals
 

@@ -51,7 +51,7 @@ from flite_speech import (
 from grammar import SentenceMaker, sentence_key, words_of
 
 import taste
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path, write_text
 from cosyvoice.utils.interrupt import StopRequest
 from taste.manifest import read_manifest
 
@@ -278,8 +278,7 @@ def _read_notes(path: Path) -> dict[str, Made]:
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
     rows = (line.split("\t") for line in whole.splitlines())
     return {utt_id: Made(float(seconds), tuple(phones.split())) for utt_id, seconds, phones in rows}
 
@@ -307,8 +306,7 @@ def write_lists(corpus: Path, plan: Sequence[Planned], made: dict[str, Made]) ->
         paths = {corpus / split / name: lines for name, lines in lists.items()}
         paths[corpus / f"{split}.jsonl"] = [json.dumps(_manifest_entry(corpus, item)) for item in items]
         for path, lines in paths.items():
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _manifest_entry(corpus: Path, planned: Planned) -> dict[str, str]:
@@ -374,8 +372,7 @@ def claim_folder(corpus: Path, plan: Sequence[Planned]) -> None:
             f"{corpus} holds a corpus made with other settings (--hours, --lively-hours, --dev, --test, --seed) or by "
             f"another grammar; remove it (rm -r {corpus}) or give another --work-dir"
         )
-    with atomic_path(mark) as temporary:
-        temporary.write_text(fingerprint + "\n", encoding="utf-8")
+    write_text(mark, fingerprint + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,12 +410,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     write_lists(corpus, plan, made)
     counts = describe(plan, made)
-    with atomic_path(corpus / "corpus.json") as temporary:
-        temporary.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    write_text(corpus / "corpus.json", json.dumps(counts, indent=1) + "\n")
     for split in SPLITS:
         print(f"{split}: " + ", ".join(f"{counts[split][key]} {key}" for key in ("utterances", "hours", "vocabulary")))
-    with atomic_path(corpus / ".done") as temporary:
-        temporary.write_text("complete\n", encoding="utf-8")
+    write_text(corpus / ".done", "complete\n")
     print(f"{counts['speakers']} speakers; the counts are in {corpus / 'corpus.json'}")
     return 0
 

@@ -61,10 +61,10 @@ from whisper_batches import (
 from whisper_start import MID_LAYER, begin_as_earlier, begin_as_tokenizer, graft, tokenizer_sizes
 from whisper_training import IGNORED, States, UnitNames, encode
 
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE
 from cosyvoice.utils.provenance import file_digest
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
-from taste.checkpoint import write_json
 from taste.linear_fits import ridge, widest_directions
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/

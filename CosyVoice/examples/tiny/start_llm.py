@@ -38,7 +38,7 @@ from resumable import learning_rate, run_to_the_end
 from word_times import Span, pronounce_texts, time_tokens
 
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from cosyvoice.utils.tensor_file import save_tensors
@@ -105,8 +105,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
         return False
     metrics = {"texts": len(texts["train"]), **measure(model, reader, texts["dev"])}
     save_tensors(folder / "llm.pt", {name: value.detach().cpu() for name, value in model.state_dict().items()})
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))
     return True
 

@@ -42,7 +42,7 @@ from s3_tokenizer_training import Recognised, TokenizerTeacher, read_characters,
 from s3tokenizer.model import ModelConfig
 from seeded_encoders import fit_codebook
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path, write_text
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
@@ -507,8 +507,7 @@ def train(args: argparse.Namespace) -> int:
         "settings": run.settings,
         "history": run.history,
     }
-    with atomic_path(run.folder / "metrics.json") as unfinished:
-        unfinished.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write_text(run.folder / "metrics.json", json.dumps(metrics, indent=1))
     print(json.dumps(metrics["test"]))
     print(f"{path}: onnxruntime and s3tokenizer differ in {wrong} of {tokens} tokens")
     return 0

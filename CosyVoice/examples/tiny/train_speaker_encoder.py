@@ -34,12 +34,11 @@ from resumable import learning_rate, resume, run_to_the_end, save_checkpoint
 from speaker_net import MarginClassifier, SpeakerNet
 from speaker_onnx import export_speaker_encoder
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import atomic_path, write_json
 from cosyvoice.utils.audio import speaker_fbank
 from cosyvoice.utils.onnx_session import OnnxSession
 from cosyvoice.utils.settings import Settings, parse_settings
 from taste.audio import read_audio
-from taste.checkpoint import write_json
 from taste.manifest import read_manifest
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; speaker_encoder/ is made in it

@@ -40,7 +40,7 @@ from resumable import LOG_EVERY, LongTraining, pick_dtype, resume, run_to_the_en
 
 import model_code
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelSizes, load_state, read_torch_file, read_weights, sizes
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from cosyvoice.utils.tensor_file import save_tensors
@@ -160,8 +160,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     finished = training.until_the_end(stop_requested)
     if finished:
         metrics = {"steps": training.step, "seconds": training.seconds, "dev": training.history[-1]["dev"]}
-        with atomic_path(settings.out / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_json(settings.out / "metrics.json", metrics)
     return finished
 
 

@@ -52,13 +52,13 @@ from whisper_start import (
 from whisper_training import CLEAR_FRAMES, IGNORED, FrameTeacher, Losses, States, encode
 from word_times import Span, pronounce_texts, time_tokens
 
+from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE, read_torch_file
 from cosyvoice.utils.provenance import digest, file_digest
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.audio import read_audio
-from taste.checkpoint import write_json
 from taste.text import tokenize
 from taste.threads import torch_threads_kept
 from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder

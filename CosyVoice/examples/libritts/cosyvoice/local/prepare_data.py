@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 
-from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.atomic import write_text
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE
 from cosyvoice.utils.settings import parse_settings
 
@@ -94,8 +94,7 @@ def write_lists(folder: Path, recordings: Sequence[Spoken], instruct: str | None
         (folder / "instruct").unlink(missing_ok=True)
     tables["wav.scp"] = {recording.utt_id: str(recording.wav) for recording in recordings}
     for name, table in tables.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text("".join(f"{key} {value}\n" for key, value in table.items()), encoding="utf-8")
+        write_text(folder / name, "".join(f"{key} {value}\n" for key, value in table.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (folder / "unusable.jsonl").unlink(missing_ok=True)
         if unusable:
             lines = [json.dumps({"audio_path": path, "reason": reason}) + "\n" for path, reason in unusable.items()]
-            with atomic_path(folder / "unusable.jsonl") as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8")
+            write_text(folder / "unusable.jsonl", "".join(lines))
             print(f"{len(unusable)} recordings have no text; they are listed in {folder / 'unusable.jsonl'}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
