@@ -9,5 +9,5 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-if str(REPOSITORY / "CosyVoice") not in sys.path:
+if sys.path[0] != str(REPOSITORY / "CosyVoice"):
     sys.path.insert(0, str(REPOSITORY / "CosyVoice"))

@@ -48,7 +48,11 @@ def compare_variants(
             "unset, and RESUME auto or never"
         )
     folder = run_folder_of(settings)
-    if settings.staged_training and settings.resume == "auto":
+    if settings.resume == "never" and settings.num_epochs:
+        if accelerator.is_main_process:
+            forget(folder)
+        accelerator.wait_for_everyone()
+    if settings.staged_training:
         check_stages(folder, settings.num_epochs)
     results = {}
     for variant in VARIANTS:
@@ -72,6 +76,17 @@ def compare_variants(
         write_comparison(folder, results, settings.to_dict())
 
 
+def forget(folder: Path) -> None:
+    """Remove the checkpoints of an earlier comparison: where this one is stopped, the next must not go on from them.
+
+    Args:
+        folder: of the comparison.
+    """
+    for variant in VARIANTS:
+        for name in ("last.pt", "last.json", "best.pt", "best.json"):
+            (folder / variant / "checkpoints" / name).unlink(missing_ok=True)
+
+
 def check_stages(folder: Path, num_epochs: int) -> None:
     """Refuse to train a variant further whose weights another one has begun with.
 
@@ -83,16 +98,19 @@ def check_stages(folder: Path, num_epochs: int) -> None:
         ValueError: the later variant would go on from weights that are no longer the earlier one's.
     """
     for later, earlier in STAGES.items():
-        begun, notes_path = (folder / variant / "checkpoints" / "last.json" for variant in (later, earlier))
-        if not (begun.is_file() and notes_path.is_file()):
-            continue
-        epochs = json.loads(notes_path.read_text(encoding="utf-8"))["progress"]["epoch"]
-        if epochs < num_epochs:
+        begun, before = (_last_notes(folder / variant) for variant in (later, earlier))
+        epochs = before["progress"]["epoch"] if before else num_epochs
+        if begun and begun.get("started_from") and epochs < num_epochs:
             raise ValueError(
                 f"NUM_EPOCHS is {num_epochs}, and {later} has begun with the weights that {earlier} had after {epochs} "
                 f"epochs: put NUM_EPOCHS back to {epochs} to go on; or compare anew, in another folder (--run-name "
                 "<another>) or over this one (--resume never)"
             )
+
+
+def _last_notes(run_folder: Path) -> dict[str, Any] | None:
+    path = run_folder / "checkpoints" / "last.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def finished_before(settings: Settings) -> dict[str, Any] | None:

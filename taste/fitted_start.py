@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,10 @@ def _share_of_the_cores() -> Iterator[None]:
 @torch.no_grad()
 @_share_of_the_cores()
 def fit_new_parts(
-    model: CosyVoiceS3Model, dataset: UtteranceDataset, parts: Collection[str] | None = None
+    model: CosyVoiceS3Model,
+    dataset: UtteranceDataset,
+    parts: Collection[str] | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Give new modules weights with which the pretrained ones can work.
 
@@ -63,6 +66,7 @@ def fit_new_parts(
         model: on the CPU.
         dataset: the training set; some utterances from all of it are read.
         parts: names of those to fit; None: all that the variant has beside the pretrained model.
+        say: takes what a person should know.
 
     Returns:
         what to note about it, as JSON knows values: utterances; attention_on_token (mean share of a token's attention
@@ -76,7 +80,7 @@ def fit_new_parts(
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
     assert wanted, "only a model with an aggregator has new modules"
-    examples = list(_sound(dataset, MOST_UTTERANCES))
+    examples = list(_finite_only(dataset, MOST_UTTERANCES, say))
     if not examples:
         raise ValueError("no utterance that the new modules could be fitted to has features that are numbers")
     notes: dict[str, Any] = {"utterances": len(examples)}
@@ -91,18 +95,18 @@ def fit_new_parts(
     if "audio_branch" in wanted:
         quiet_branch(model, examples, SPEECH_GAIN)
     if "quantizer" in wanted:
-        notes["code_usage"] = start_quantizer(model, _sound(dataset, QUANTIZER_UTTERANCES))
+        notes["code_usage"] = start_quantizer(model, _finite_only(dataset, QUANTIZER_UTTERANCES, say))
     return notes
 
 
-def _sound(dataset: UtteranceDataset, most: int) -> Iterator[Example]:
+def _finite_only(dataset: UtteranceDataset, most: int, say: Callable[[str], None]) -> Iterator[Example]:
     """Utterances from all of a data set, without those whose features are no numbers, which are named."""
     for index in spread_evenly(len(dataset), most):
         example = dataset[index]
         if example.is_finite:
             yield example
         else:
-            print(f"warning: {example.utt_id} has features that are no numbers; nothing is fitted to it")
+            say(f"warning: {example.utt_id} has features that are no numbers; nothing is fitted to it")
 
 
 def _of_attention(found: Agreement) -> dict[str, float]:

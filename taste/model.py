@@ -256,14 +256,14 @@ class CosyVoiceS3Model(nn.Module):
             batch: the utterances; their units are not looked at.
 
         Returns:
-            the prefix, and the quantizer's loss; zeros in eval mode and without quantizer.
+            the prefix, and the quantizer's loss; zeros without a quantizer, and where that is in eval mode.
 
         Raises:
             ValueError: the batch lacks what the variant reads.
         """
         text, lengths, heard = self._text_vectors(batch)
         prefix = self._prefix_of(text, lengths, self._speaker_vectors(batch))
-        if heard is None or heard.commitment_loss is None or not self.training:
+        if heard is None or heard.commitment_loss is None or not (self.quantizer and self.quantizer.training):
             return Reading(prefix, text.new_zeros(len(text)), torch.zeros_like(batch.text_lengths))
         assert batch.word_ids is not None, "who hears with a quantizer has read the words"
         words = word_starts(batch.word_ids, batch.text_lengths).sum(dim=1)

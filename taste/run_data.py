@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cosyvoice.utils.model_dir import ModelSizes
 from cosyvoice.utils.settings import Settings
@@ -10,9 +9,6 @@ from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_e
 from taste.feature_origin import check_origin, check_same_hearing
 from taste.model import PARTS
 from taste.transcript_check import misfits
-
-if TYPE_CHECKING:
-    pass
 
 SHOWN_IDS = 3
 

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosyvoice.utils.settings import Settings
 from taste.build import TasteSizes
-from taste.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from taste.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_fingerprint
 from taste.data import UtteranceDataset
 from taste.fitted_start import fit_new_parts
 from taste.model import PARTS, CosyVoiceS3Model
@@ -25,17 +20,8 @@ if TYPE_CHECKING:
 
 # settings that a run cannot change half-way; those that TasteSizes names too, where the variant has such parts
 DECIDES_TRAINING = (
-    *(
-        "variant",
-        "init_from",
-        "load_pretrained_modules",
-        "data_dependent_init",
-        "freeze_llm",
-        "freeze_aggregator_bottom",
-        "lora_rank",
-        "use_speaker",
-    ),
-    "batch_size",
+    *("variant", "init_from", "load_pretrained_modules", "data_dependent_init", "freeze_llm"),
+    *("freeze_aggregator_bottom", "lora_rank", "use_speaker", "batch_size"),
     *("accumulation_steps", "lr", "new_modules_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
 )
 ORIGIN = ("started_from", "pretrained", "fitted")  # notes about a run's first weights
@@ -122,7 +108,7 @@ def give_first_weights(
     if not settings.data_dependent_init:
         new_parts &= {"quantizer"}  # its codebooks must come from the training set, or they come from the test set
     if new_parts:
-        fitted = fit_new_parts(model, train_set, new_parts)
+        fitted = fit_new_parts(model, train_set, new_parts, say)
         say(describe_fit(fitted))
     return {"started_from": start, "pretrained": pretrained, "fitted": fitted}
 

@@ -47,7 +47,7 @@ def show(
     (run_folder / SHOWN_FILE).unlink(missing_ok=True)  # the report must not show an earlier model's
     if not settings.generate_utterances:
         return {}
-    shown = _sound(test_set, spread_evenly(len(test_set), settings.generate_utterances))
+    shown = _finite_only(test_set, spread_evenly(len(test_set), settings.generate_utterances))
     if not len(shown):
         return {}
     torch.manual_seed(settings.seed)
@@ -96,7 +96,7 @@ def sampling_of(settings: Settings) -> Sampling:
     return Sampling(settings.sampling, settings.top_k, settings.min_units_per_token, settings.max_units_per_token)
 
 
-def _sound(dataset: UtteranceDataset, indices: Sequence[int]) -> UtteranceDataset:
+def _finite_only(dataset: UtteranceDataset, indices: Sequence[int]) -> UtteranceDataset:
     """Those of the utterances whose features are numbers; the others are named."""
     chosen = []
     for index in indices:

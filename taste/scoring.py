@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ def evaluate(
 ) -> Totals:
     """Score every utterance of a data set, the work shared by all processes.
 
-    Utterances whose loss or features are no numbers are left out, and named on stderr: one would make the sum none.
+    Utterances whose features are no numbers are left out, and named on stderr: one would make the sum none.
 
     Args:
         model: the model itself, on the accelerator's device; it is left in eval mode.
@@ -89,13 +90,13 @@ def evaluate(
         the sums over all utterances, the same in each process.
 
     Raises:
-        NonFiniteLossError: no utterance is left.
+        NonFiniteLossError: no utterance is left, or the loss of one is no number though its features are.
     """
     model.eval()
     batches = batches_by_length(dataset.lengths, batch_size)
     own_batches = batches[accelerator.process_index :: accelerator.num_processes]
     loader = iter(feature_loader(dataset, own_batches, num_workers))
-    totals, spoiled = Totals(), []
+    totals, spoiled, failed = Totals(), [], []
     rounds = range(0, len(batches), accelerator.num_processes)
     for first in progress_bar(rounds, "evaluating", "batches", active=accelerator.is_main_process):
         before_batch()
@@ -103,18 +104,41 @@ def evaluate(
             with torch.inference_mode(), precision_of(accelerator.device):
                 batch = next(loader).to(accelerator.device)
                 scores = model(batch)
-                sound = scores.loss_sums.isfinite() & batch.finite_rows  # a quantizer makes numbers of anything
-                totals += Totals.of(Scores(*(values[sound] for values in scores)))
-                spoiled += [utt_id for utt_id, good in zip(batch.utt_ids, sound.tolist(), strict=True) if not good]
-    totals, spoiled = Totals(*sum_over_processes(accelerator, totals.as_list())), gather_object(spoiled)
-    if spoiled:
-        shown = ", ".join(spoiled[:SHOWN_UTTERANCES]) + (", ..." if len(spoiled) > SHOWN_UTTERANCES else "")
-        told = f"loss or features of {len(spoiled)} of {len(dataset)} utterances are no numbers: {shown}"
-        if not totals.target_count:
-            raise NonFiniteLossError(f"{told}; look at their features, or begin with other weights")
-        if accelerator.is_main_process:
-            tqdm.write(f"warning: {told}; they are left out of the scores, look at their features", file=sys.stderr)
+                whole = batch.finite_rows  # not told from the loss: a quantizer makes numbers of anything
+                totals += Totals.of(Scores(*(values[whole] for values in scores)))
+                spoiled += _those(batch.utt_ids, ~whole)
+                failed += _those(batch.utt_ids, whole & ~scores.loss_sums.isfinite())
+    totals = Totals(*sum_over_processes(accelerator, totals.as_list()))
+    spoiled, failed = gather_object(spoiled), gather_object(failed)
+    if failed:
+        raise NonFiniteLossError(
+            f"the loss of {some_of(failed, dataset)} is no number, though their features are: the model has failed; "
+            "begin another run with a lower LR, or with other weights"
+        )
+    if spoiled and not totals.target_count:
+        raise NonFiniteLossError(f"the features of {some_of(spoiled, dataset)} are no numbers; make them again")
+    if spoiled and accelerator.is_main_process:
+        told = f"the features of {some_of(spoiled, dataset)} are no numbers; they are left out of the scores"
+        tqdm.write(f"warning: {told}", file=sys.stderr)
     return totals
+
+
+def some_of(utt_ids: Sequence[str], dataset: UtteranceDataset) -> str:
+    """Name a few of some utterances of a data set, behind how many they are.
+
+    Args:
+        utt_ids: the utterances.
+        dataset: where they are from.
+
+    Returns:
+        such as `2 of 15 utterances (a, b)`.
+    """
+    shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
+    return f"{len(utt_ids)} of {len(dataset)} utterances ({shown})"
+
+
+def _those(utt_ids: Sequence[str], chosen: Tensor) -> list[str]:
+    return [utt_id for utt_id, is_one in zip(utt_ids, chosen.tolist(), strict=True) if is_one]
 
 
 def precision_of(device: torch.device) -> torch.autocast:

@@ -193,6 +193,22 @@ def test_all_variants_are_trained_in_the_papers_stages_and_compared(work, capsys
         assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
 
 
+def test_a_comparison_begun_anew_and_stopped_goes_on_with_nothing_of_the_one_before(work, monkeypatch):
+    options = {"variant": "all", "num_epochs": 1, "negative_controls": False}
+    assert work.run(**options) == 0
+    with monkeypatch.context() as stopping:
+        stopping.setattr(model_code.StopRequest, "requested", property(lambda self: True))
+        assert work.run(**options, resume="never") == 143
+    assert work.run(**options, seed=1, resume="never") == 0
+    expected = {variant: work.weights(f"all/{variant}") for variant in ("text_only", "simple", "taste_novq", "taste")}
+    with monkeypatch.context() as stopping:
+        stopping.setattr(model_code.StopRequest, "requested", property(lambda self: True))
+        assert work.run(**options, seed=1, resume="never") == 143
+    assert work.run(**options, seed=1) == 0
+    for variant, weights in expected.items():
+        assert all(torch.equal(value, work.weights(f"all/{variant}")[name]) for name, value in weights.items())
+
+
 def test_a_comparison_looks_again_only_at_what_has_changed(work, capsys, monkeypatch):
     options = {"variant": "all", "num_epochs": 1, "negative_controls": False}
     finished = "already complete: "
@@ -469,7 +485,7 @@ def test_utterances_whose_features_are_no_numbers_are_left_out_and_named(work, c
     assert all(entry["test"]["loss"] < 100 for entry in metrics["history"])
     assert "utt-04 has features that are no numbers; nothing is fitted to it" in told.out
     assert "utt-01 has features that are no numbers; nothing is generated of it" in told.out
-    assert "loss or features of 1 of 3 utterances are no numbers: utt-01; they are left out" in told.err
+    assert "the features of 1 of 3 utterances (utt-01) are no numbers; they are left out" in told.err
     assert metrics["generation"]["utterances"] == 2
 
 
@@ -479,7 +495,10 @@ def test_a_test_set_without_any_score_ends_the_run_before_its_first_step(work, c
         example.text[0, 0] = torch.nan
     write_features(work.folder, "test", examples)
     assert work.run() == 1
-    assert "loss or features of 3 of 3 utterances are no numbers: utt-00, utt-01, utt-02" in capsys.readouterr().err
+    assert (
+        "the features of 3 of 3 utterances (utt-00, utt-01, utt-02) are no numbers; make them again"
+        in capsys.readouterr().err
+    )
     assert not (work.folder / "exp" / "simple" / "checkpoints" / "last.pt").exists()
 
 

@@ -35,7 +35,7 @@ def test_taste_takes_the_cosyvoice_beside_it_whatever_else_is_installed(tmp_path
     (tmp_path / "cosyvoice").mkdir()
     (tmp_path / "cosyvoice" / "__init__.py").touch()
     code = "import taste, cosyvoice.utils.model_dir as found; print(found.__file__)"
-    path = f"{tmp_path}:{REPOSITORY}"
+    path = f"{tmp_path}:{COSYVOICE}:{REPOSITORY}"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": path}, check=True, capture_output=True, text=True
     )

@@ -115,6 +115,17 @@ def test_encoder_and_listeners_learn_and_nothing_else(work, tmp_path, variants, 
     assert first.mid.shape == second.mid.shape and not torch.allclose(first.mid, second.mid, atol=1e-3)
 
 
+def test_the_commitment_moves_the_quantizer(work, tmp_path):
+    for weight in (0.0, 100.0):
+        assert (
+            hear_words.main(arguments(work, tmp_path / str(weight), steps=1, commitment_weight=weight, grad_clip=1e9))
+            == 0
+        )
+    without, strong = (weights(tmp_path / name) for name in ("0.0", "100.0"))
+    changed = {name.split(".")[1] for name in without if not torch.equal(without[name], strong[name])}
+    assert changed == {"quantizer"}
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights(work, tmp_path, capsys):
     assert hear_words.main(arguments(work, tmp_path / "straight")) == 0
     asked = iter([False] * 4)

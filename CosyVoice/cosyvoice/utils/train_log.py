@@ -156,7 +156,8 @@ def _draw(path: Path, entries: Sequence[Mapping[str, Any]], title: str) -> None:
 
     train = [entry for entry in entries if entry["tag"] == TRAIN_TAG]
     checked = [entry for entry in entries if entry["tag"] == CV_TAG]
-    aside = {"tag", "epoch", "step", "grad_norm", "d_grad_norm", "lr", "d_lr", "steps_per_second", "data_wait"}
+    aside = {"tag", "epoch", "step", "steps_per_second", "data_wait"}
+    aside |= {prefix + name for prefix in ("", "d_") for name in ("grad_norm", "lr", "skipped")}
     names = list(dict.fromkeys(name for entry in (*checked, *train) for name in entry if name not in aside))
     names = [*sorted(names, key=lambda name: name != "loss")[: MOST_PANELS - 1], "lr"]
     rows = -(-len(names) // PANEL_COLUMNS)

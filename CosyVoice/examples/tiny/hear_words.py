@@ -2,8 +2,8 @@
 
 In: recordings of splits of `<corpus>`, their features of stages 1 and 2, and a model folder: its language model, which
 stays as it is, its Whisper encoder, and taste.pt. Out, in `<out>/`: the encoder in transformers' format (float16),
-taste.pt (aggregator, audio branch and quantizer have learned, the rest is copied), metrics.json, settings.json, and
-last.pt, from which a run that was stopped goes on.
+taste.pt (aggregator, audio branch and, with `taste`, quantizer have learned, the rest is copied), metrics.json,
+settings.json, and last.pt, from which a run that was stopped goes on.
 
     python CosyVoice/examples/tiny/hear_words.py --train lively=work/feats/lively,train=work/feats/train \
         --dev lively_dev=work/feats/lively_dev --minutes 60

@@ -95,7 +95,10 @@ _CODEBOOK_UTTERANCES = 800  # from whose words the codebooks start
 _FEATURE_TOLERANCE = 1e-3  # between text embeddings stored as features and the language model's own
 _ADAM_BETAS = (0.9, 0.98)
 _TASTE_SIZES = TasteSizes.from_dict(
-    {name.lower(): value for name, value in vars(model_code).items() if name.isupper()} | SMALL
+    {
+        **SMALL,
+        **{name.lower(): value for name, value in vars(model_code).items() if name.isupper() and value is not None},
+    }
 )
 _DECIDES_TRAINING = (
     *("llm", "train", "variants", "batch_units", "llm_lr", "parts_lr", "weight_decay", "grad_clip", "hide_rows"),
