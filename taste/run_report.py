@@ -32,7 +32,7 @@ from taste.words import word_spans
 SHOWN_FILE = "shown.pt"
 TABLE_FILE = "table.md"
 OWN_SOUND = "predicted"  # how a run names what its model said
-MOST_SHOWN = 12  # utterances on a page, of about 300 kB a sound each
+MOST_SHOWN = 12  # utterances on a page, of some hundred kB a sound
 
 
 def note_shown(
