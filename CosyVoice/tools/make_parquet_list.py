@@ -116,7 +116,7 @@ def read_vectors(path: Path, stage: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; {stage} writes it")
     try:
-        vectors = torch.load(path, weights_only=True)
+        vectors = torch.load(path, map_location="cpu", weights_only=True)  # it may be of a machine with a GPU
     except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{path}: not readable ({error}); delete it and run {stage} again") from error
     if not isinstance(vectors, dict):
