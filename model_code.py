@@ -38,7 +38,7 @@ from taste.aggregator import SimpleTextSpeechAggregator
 from taste.comparison import compare_variants
 from taste.model import CosyVoiceS3Model
 from taste.released_run import evaluate_released
-from taste.run_start import run_folder_of
+from taste.run_files import run_folder_of
 from taste.samples import sampling_of
 from taste.size_defaults import with_defaults
 from taste.tokenizer_run import decode_folder, encode_manifest

@@ -35,20 +35,15 @@ from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
 from cosyvoice.utils.model_dir import CONFIG_FILE, SPEAKER_MODEL_FILE, ModelDir, get_tokenizer, text_embedding_table
 from cosyvoice.utils.output_lock import OutputBusyError
 from cosyvoice.utils.provenance import check_made_with, digest, file_digest
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ, WHISPER_FRAMES_PER_SECOND
 from cosyvoice.utils.settings import Settings, describe_device, parse_settings, pick_device
 from taste.audio import duration_seconds, read_audio
 from taste.background_flush import BackgroundFlush
 from taste.extraction import describe_full_device
 from taste.failures import Failure, list_failures
-from taste.feature_store import (
-    DISK_RESERVE_BYTES,
-    FeatureWriteError,
-    FeatureWriter,
-    check_save_mode,
-    chunk_folder,
-    open_features,
-    stored_bytes,
-)
+from taste.feature_files import chunk_folder, stored_bytes
+from taste.feature_reader import open_features
+from taste.feature_writer import DISK_RESERVE_BYTES, FeatureWriteError, FeatureWriter, check_save_mode
 from taste.manifest import Utterance, read_manifest
 from taste.memory_guard import MemoryGuard
 from taste.prefetch import prefetched
@@ -56,7 +51,7 @@ from taste.progress_bar import progress_bar
 from taste.speaker import SpeakerEncoder
 from taste.text import tokenize
 from taste.utterance_features import Models, Outputs, Prepared, add_batch, prepare
-from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLE_RATE_HZ, WhisperEncoder
+from taste.whisper_encoder import WhisperEncoder
 
 # ---------------------------------------------------------------- settings: edit here, or --lower-case-name on the line
 JSONL = "json/train.jsonl"  # manifest; its name without .jsonl is the {split}
@@ -246,7 +241,7 @@ def _lasts_otherwise(utterance: Utterance, known: Mapping[str, Any]) -> bool:
     try:
         if abs(duration_seconds(utterance.audio_path) - known["duration_s"]) <= _SAME_LENGTH_S:
             return False
-        found = read_audio(utterance.audio_path, SAMPLE_RATE_HZ)  # the header of an mp3 only estimates it
+        found = read_audio(utterance.audio_path, SPEECH_SAMPLE_RATE_HZ)  # the header of an mp3 only estimates it
         return abs(found.duration_seconds - known["duration_s"]) > _SAME_LENGTH_S
     except ValueError:
         return False  # it will be reported when its turn comes
@@ -279,7 +274,7 @@ def check_disk(utterances: Sequence[Utterance], models: Models, outputs: Outputs
             continue  # it will be reported when its turn comes
         if seconds <= settings.max_duration:
             sample_seconds += seconds
-            sample_bytes += seconds * FRAMES_PER_SECOND * frame_bytes + tokens * token_bytes
+            sample_bytes += seconds * WHISPER_FRAMES_PER_SECOND * frame_bytes + tokens * token_bytes
     new_bytes = sample_bytes / len(sample) * len(utterances)
     hours = sample_seconds / len(sample) * len(utterances) / 3600
     old_bytes = sum(stored_bytes(writer.output_path) for writer in outputs)

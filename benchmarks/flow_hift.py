@@ -25,7 +25,7 @@ import taste  # noqa: F401 - makes `cosyvoice` importable
 from benchmarks.flow_hift_models import build_flow, build_hift
 from cosyvoice.flow.flow import EULER_STEPS
 from cosyvoice.flow.flow_matching import ConditionalCFM
-from cosyvoice.flow.length_regulator import MEL_FRAMES_PER_SECOND
+from cosyvoice.utils.rates import MEL_FRAMES_PER_SECOND
 from cosyvoice.utils.settings import parse_settings, pick_device
 
 SIZE = "300m"  # 300m: the released model; small: the scaled-down one of the tests

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosyvoice.utils.provenance import noted_models
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 from cosyvoice.utils.settings import Settings
 from cosyvoice.utils.stops import RunStopped
 from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
-from taste.data import FRAMES_PER_SECOND, UtteranceDataset
+from taste.data import UtteranceDataset
 from taste.model import CosyVoiceS3Model
 from taste.progress_bar import progress_bar
 from taste.scoring import evaluate, sum_over_processes
@@ -76,7 +77,7 @@ def listen(
     if model.quantizer is not None and accelerator.is_main_process:
         codes = codes_of(model, test_set, accelerator.device)
         seconds = sum(
-            test_set.duration_seconds(utt_id) or len(test_set.features.units[utt_id]) / FRAMES_PER_SECOND
+            test_set.duration_seconds(utt_id) or len(test_set.features.units[utt_id]) / S3_UNITS_PER_SECOND
             for utt_id in test_set.utt_ids
         )
         results["codes"] = describe_codes(codes, seconds, model.quantizer.codes)

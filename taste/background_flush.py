@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from taste.feature_store import FeatureWriter
+from taste.feature_writer import FeatureWriter
 
 
 class BackgroundFlush:

@@ -13,9 +13,10 @@ from cosyvoice.utils.model_dir import ModelDir, load_part
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.audio_branch import AudioBranch
 from taste.fusion import build_fusion
-from taste.model import PARTS, VARIANTS, CosyVoiceS3Model
+from taste.model import CosyVoiceS3Model
 from taste.quantizer import WordQuantizer
 from taste.taste_aggregator import TasteAggregator, start_from_whisper
+from taste.variants import PARTS, VARIANTS
 
 
 @dataclass(frozen=True)

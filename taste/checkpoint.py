@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.tensor_file import save_tensors
+from taste.learned_state import learned_state
+from taste.run_files import notes_of
 
 if TYPE_CHECKING:
     from taste.model import CosyVoiceS3Model
@@ -47,7 +49,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "notes": json.dumps(checkpoint.notes),
     }
     save_tensors(path, content)
-    write_json(path.with_suffix(".json"), checkpoint.notes)
+    write_json(notes_of(path), checkpoint.notes)
 
 
 # settings that had other names in notes written before they were called as they are
@@ -78,7 +80,7 @@ def disk_warning(last_path: Path, best_path: Path, model: "CosyVoiceS3Model") ->
     Returns:
         a warning where the disk has too little room; None where it has enough.
     """
-    best = sum(values.nbytes for values in model.learned_state().values())
+    best = sum(values.nbytes for values in learned_state(model).values())
     last = best + 2 * sum(values.nbytes for values in model.parameters() if values.requires_grad)  # two moments
     present = sum(path.stat().st_size for path in (last_path, best_path) if path.is_file())
     needed = 2 * last + best - present  # a new last.pt is written before the one from before goes

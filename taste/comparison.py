@@ -9,11 +9,11 @@ from cosyvoice.utils.atomic import write_json
 from cosyvoice.utils.settings import Settings
 from taste.input_fingerprint import inputs_digest
 from taste.measure_table import PAPER
-from taste.model import VARIANTS
 from taste.plots import plot_comparison
+from taste.run_files import RESULTS_FILE, forget_training, last_checkpoint, notes_of, run_folder_of
 from taste.run_report import TABLE_FILE, measures_of, write_run_report
-from taste.run_start import run_folder_of
 from taste.variant_run import run_variant
+from taste.variants import VARIANTS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,8 +83,7 @@ def forget(folder: Path) -> None:
         folder: of the comparison.
     """
     for variant in VARIANTS:
-        for name in ("last.pt", "last.json", "best.pt", "best.json"):
-            (folder / variant / "checkpoints" / name).unlink(missing_ok=True)
+        forget_training(folder / variant)
 
 
 def check_stages(folder: Path, num_epochs: int) -> None:
@@ -109,7 +108,7 @@ def check_stages(folder: Path, num_epochs: int) -> None:
 
 
 def _last_notes(run_folder: Path) -> dict[str, Any] | None:
-    path = run_folder / "checkpoints" / "last.json"
+    path = notes_of(last_checkpoint(run_folder))
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -126,7 +125,7 @@ def finished_before(settings: Settings) -> dict[str, Any] | None:
     if settings.resume != "auto" or not settings.num_epochs:
         return None
     try:
-        results = json.loads((run_folder_of(settings) / "metrics.json").read_text(encoding="utf-8"))
+        results = json.loads((run_folder_of(settings) / RESULTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     reasons = [

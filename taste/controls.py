@@ -12,8 +12,6 @@ from taste.data import UtteranceDataset
 
 # A Whisper frames, 50 Hz   D channels
 
-FRAMES_PER_SECOND = 50
-
 
 class OtherRecording(Dataset[Example]):
     """The utterances of a data set, each with the Whisper features of another one.
@@ -101,7 +99,7 @@ def controls_of(
 def _silence(
     dataset: UtteranceDataset, whisper_dir: str, mid_layer: int, made_with: Mapping[str, Any] | None
 ) -> Silence:
-    from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder, check_same_whisper
+    from taste.whisper_encoder import SAMPLES_PER_FRAME, WhisperEncoder, check_same_whisper
 
     frames = max(dataset.speech_frames(utt_id) for utt_id in dataset.utt_ids)
     whisper = WhisperEncoder(whisper_dir, mid_layer, torch.device("cpu"), torch.float32)
@@ -109,5 +107,5 @@ def _silence(
         raise ValueError(f"the Whisper in {whisper_dir} is {whisper.width} wide, the features {dataset.speech_width}")
     check_same_whisper(made_with, whisper)
     # whatever a recording's length, Whisper hears it at the head of a window of silence: so this fits all of them
-    (features,) = whisper.encode([torch.zeros(frames * SAMPLE_RATE_HZ // FRAMES_PER_SECOND)])
+    (features,) = whisper.encode([torch.zeros(frames * SAMPLES_PER_FRAME)])
     return Silence(dataset, features.final.float(), features.mid.float())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from cosyvoice.utils.settings import describe_device
 from taste.audio import read_audio
 from taste.verify import Check
@@ -22,8 +23,6 @@ from taste.verify import Check
 if TYPE_CHECKING:
     from cosyvoice.cli.cosyvoice import CosyVoice
 
-LISTENING_RATE_HZ = 16_000  # of the S3 tokenizer, of campplus and of Whisper
-WHISPER_FRAME_SAMPLES = 320
 LONGEST_SECONDS = 30  # that these three take at once
 TONE_SECONDS = 4.0
 AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
@@ -65,7 +64,7 @@ def load_recording(path: Path | None, demo_folder: Path) -> Recording:
         if not found:
             return Recording(f"a synthesised tone of {TONE_SECONDS} s", _tone())
         path = found[0]
-    waveform = read_audio(path, LISTENING_RATE_HZ).waveform[: LONGEST_SECONDS * LISTENING_RATE_HZ]
+    waveform = read_audio(path, SPEECH_SAMPLE_RATE_HZ).waveform[: LONGEST_SECONDS * SPEECH_SAMPLE_RATE_HZ]
     return Recording(str(path), waveform)
 
 
@@ -205,14 +204,14 @@ def _hear_speaker(onnx_path: Path, recording: Recording, device: torch.device) -
 
 
 def _listen(folder: Path, recording: Recording, mid_layer: int, device: torch.device) -> str:
-    from taste.whisper_encoder import WhisperEncoder
+    from taste.whisper_encoder import SAMPLES_PER_FRAME, WhisperEncoder
 
     started = time.perf_counter()
     encoder = WhisperEncoder(folder, mid_layer, device, torch.float32)
     loaded = time.perf_counter()
     ((mid, final),) = encoder.encode([recording.waveform])
     seconds = time.perf_counter() - loaded
-    expected = -(-len(recording.waveform) // WHISPER_FRAME_SAMPLES)
+    expected = -(-len(recording.waveform) // SAMPLES_PER_FRAME)
     for name, features in ((f"layer {mid_layer}", mid), ("the last layer", final)):
         if features.shape[0] != expected:
             raise ValueError(f"{name}: got {features.shape[0]} frames, expected {expected} at 50 Hz")
@@ -258,14 +257,14 @@ def _any_speaker(cosyvoice: "CosyVoice", recording: Recording) -> str:
 
 def _tone() -> Tensor:
     """A voice-like sound: a gliding pitch with six harmonics, swelling three times a second."""
-    seconds = torch.arange(int(TONE_SECONDS * LISTENING_RATE_HZ)) / LISTENING_RATE_HZ
+    seconds = torch.arange(int(TONE_SECONDS * SPEECH_SAMPLE_RATE_HZ)) / SPEECH_SAMPLE_RATE_HZ
     phase = 2 * torch.pi * (120 * seconds + 10 * seconds.square())
     voice = torch.stack([torch.sin(harmonic * phase) / harmonic for harmonic in range(1, 7)]).sum(dim=0)
     return 0.2 * voice * (0.55 - 0.45 * torch.cos(2 * torch.pi * 3 * seconds))
 
 
 def _pace(seconds: float, recording: Recording) -> str:
-    sound_seconds = len(recording.waveform) / LISTENING_RATE_HZ
+    sound_seconds = len(recording.waveform) / SPEECH_SAMPLE_RATE_HZ
     return f"{seconds:.2f} s for {sound_seconds:.1f} s of sound (real-time factor {seconds / sound_seconds:.3f})"
 
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE, StopRequest
 from cosyvoice.utils.provenance import check_made_with
 from taste.failures import Failure, list_failures
-from taste.feature_store import FeatureWriter, chunk_folder
+from taste.feature_files import chunk_folder
+from taste.feature_writer import FeatureWriter
 from taste.prefetch import prefetched
 from taste.progress_bar import progress_bar
 from taste.recordings import Recording, plan_batches

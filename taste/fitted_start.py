@@ -11,13 +11,15 @@ from torch import Tensor
 
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Example
-from taste.data import UtteranceDataset, spread_evenly
+from taste.data import UtteranceDataset
 from taste.fitted_attention import Agreement, agreement, best_sharpness, find_spoken, scores_of, sharpen
 from taste.fitted_taste import fit_listening, quiet_branch, start_quantizer
 from taste.linear_fits import ridge, whitening
-from taste.model import PARTS, CosyVoiceS3Model
+from taste.model import CosyVoiceS3Model
+from taste.subsample import finite_examples
 from taste.taste_aggregator import TasteAggregator
 from taste.threads import torch_threads_kept
+from taste.variants import PARTS
 
 # T text tokens   A Whisper frames, 50 Hz   D channels of the LM   E of the text embeddings   N tokens of all utterances
 
@@ -80,7 +82,7 @@ def fit_new_parts(
     """
     wanted = set(PARTS[model.variant] if parts is None else parts)
     assert wanted, "only a model with an aggregator has new modules"
-    examples = list(_finite_only(dataset, MOST_UTTERANCES, say))
+    examples = list(_finite(dataset, MOST_UTTERANCES, say))
     if not examples:
         raise ValueError("no utterance that the new modules could be fitted to has features that are numbers")
     notes: dict[str, Any] = {"utterances": len(examples)}
@@ -95,18 +97,12 @@ def fit_new_parts(
     if "audio_branch" in wanted:
         quiet_branch(model, examples, SPEECH_GAIN)
     if "quantizer" in wanted:
-        notes["code_usage"] = start_quantizer(model, _finite_only(dataset, QUANTIZER_UTTERANCES, say))
+        notes["code_usage"] = start_quantizer(model, _finite(dataset, QUANTIZER_UTTERANCES, say))
     return notes
 
 
-def _finite_only(dataset: UtteranceDataset, most: int, say: Callable[[str], None]) -> Iterator[Example]:
-    """Utterances from all of a data set, without those whose features are no numbers, which are named."""
-    for index in spread_evenly(len(dataset), most):
-        example = dataset[index]
-        if example.is_finite:
-            yield example
-        else:
-            say(f"warning: {example.utt_id} has features that are no numbers; nothing is fitted to it")
+def _finite(dataset: UtteranceDataset, wanted: int, say: Callable[[str], None]) -> Iterator[Example]:
+    return (example for _, example in finite_examples(dataset, wanted, say, "nothing is fitted to it"))
 
 
 def _of_attention(found: Agreement) -> dict[str, float]:

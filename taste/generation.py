@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from taste.batch import Batch
-from taste.data import MAX_LM_POSITIONS
 from taste.model import CosyVoiceS3Model
+from taste.unit_sequence import MAX_LM_POSITIONS
 
 # B batch   P positions before the units   D channels of the LM   V S3 codes
 

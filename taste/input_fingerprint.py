@@ -8,6 +8,7 @@ from pathlib import Path
 import taste
 from cosyvoice.utils.provenance import DIGEST_DIGITS
 from cosyvoice.utils.settings import Settings
+from taste.run_files import best_checkpoint
 
 CODE = ("model_code.py", "taste/**/*.py", "CosyVoice/cosyvoice/**/*.py")
 
@@ -30,9 +31,9 @@ def inputs_digest(settings: Settings, run_folder: Path) -> str:
 
 
 def _inputs(settings: Settings, run_folder: Path) -> Iterator[Path]:
-    places = [run_folder / "checkpoints" / "best.pt"]
+    places = [best_checkpoint(run_folder)]
     if settings.init_from:
-        places.append(Path(settings.init_from) / "checkpoints" / "best.pt")
+        places.append(best_checkpoint(Path(settings.init_from)))
     for name, value in settings.to_dict().items():
         if name.startswith(("train_utt2", "test_utt2")):
             features = Path(value)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.rates import WHISPER_FRAMES_PER_SECOND
+
 # T text tokens   A Whisper frames, 50 Hz
-FRAMES_PER_SECOND = 50
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def describe_attention(weights: Sequence[Tensor]) -> dict[str, float]:
     """
     risen, pairs, widths, chance = 0, 0, [], []
     for rows in weights:
-        times = torch.arange(rows.shape[1], device=rows.device) / FRAMES_PER_SECOND
+        times = torch.arange(rows.shape[1], device=rows.device) / WHISPER_FRAMES_PER_SECOND
         centres = rows @ times  # [T], seconds
         risen += int((centres.diff() > 0).sum())
         pairs += len(centres) - 1

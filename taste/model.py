@@ -1,6 +1,5 @@
 """CosyVoice's language model, told by a recording how to speak its text."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,43 +12,18 @@ from taste.aggregator import SimpleTextSpeechAggregator
 from taste.audio_branch import AudioBranch
 from taste.batch import Batch
 from taste.lengths import valid_mask
-from taste.lora import add_adapters, is_adapter
+from taste.lora import add_adapters
 from taste.quantizer import WordQuantizer
+from taste.scores import Scores
 from taste.taste_aggregator import TasteAggregator
+from taste.unit_sequence import Prefix, at_targets, join_prefix, join_units, targets_of
+from taste.variants import PRETRAINED_PART, check_parts, idle_parts
 from taste.words import word_mean, word_starts
 
 # B batch   T text tokens   S S3 units, 50 Hz   P positions before the units   D channels of the LM   V S3 codes
 # L codes a word
 
-PARTS = {  # what each variant has beside the pretrained language model
-    "text_only": (),
-    "simple": ("aggregator",),
-    "taste_novq": ("aggregator", "audio_branch", "fusion"),
-    "taste": ("aggregator", "audio_branch", "fusion", "quantizer"),
-}
-VARIANTS = tuple(PARTS)
-PRETRAINED_PART = "llm"  # the submodule that the model folder holds; all others are a variant's own
-SOS_ROW, TASK_ROW = 0, 1  # rows of llm_embedding
 TOP = 5  # a unit counts as found when it is among so many best ones
-LENGTH_MULTIPLES = {"cuda": 16}  # of what the LM reads, by device: attention there copies a mask of any other length
-
-
-class Prefix(NamedTuple):
-    """What stands before the units; the position of its last vector predicts unit 0."""
-
-    vectors: Tensor  # [B, P, D], zero behind each row's end
-    lengths: Tensor  # [B] int64
-
-
-class Scores(NamedTuple):
-    """Sums over the targets of each row, so that any grouping of rows adds up to the same."""
-
-    loss_sums: Tensor  # [B] float32, cross-entropy in nats
-    top1_counts: Tensor  # [B] int64, targets that were the best guess
-    top5_counts: Tensor  # [B] int64, targets among the five best
-    target_counts: Tensor  # [B] int64, units and the one EOS
-    commitment_sums: Tensor  # [B] float32, the quantizer's loss of each word; zero in eval mode and without quantizer
-    word_counts: Tensor  # [B] int64, words that it is summed over
 
 
 class Reading(NamedTuple):
@@ -72,8 +46,7 @@ class CosyVoiceS3Model(nn.Module):
     """Predicts S3 units from text and, with an aggregator, from a recording of that text.
 
     The language model reads `[sos] [speaker] [text, T] [task] [unit 0 .. unit n-1]`. The position of `[task]` predicts
-    unit 0 and the last unit predicts EOS (= `speech_token_size`). Rows are joined unpadded and padded afterwards, so a
-    row's result does not depend on its neighbours.
+    unit 0 and the last unit predicts EOS (= `speech_token_size`); see `taste.unit_sequence`.
 
     What stands for the text, and which of the pretrained parts that leaves without work:
 
@@ -126,7 +99,7 @@ class CosyVoiceS3Model(nn.Module):
     ) -> None:
         super().__init__()
         parts = {"aggregator": aggregator, "audio_branch": audio_branch, "fusion": fusion, "quantizer": quantizer}
-        _check_parts(variant, parts)
+        check_parts(variant, [name for name, part in parts.items() if part is not None])
         if lora_rank and not freeze_llm:
             raise ValueError(
                 f"LORA_RANK is {lora_rank} and FREEZE_LLM False: adapters learn in a frozen language model's stead; "
@@ -142,8 +115,8 @@ class CosyVoiceS3Model(nn.Module):
             self.text_norm = nn.LayerNorm(aggregator.text_width)
             self.speech_norm = nn.LayerNorm(aggregator.text_width)
             self.input_proj = nn.Linear(aggregator.text_width, llm.llm_input_size)
-        self.idle_parts = self._parts_that_rest(freeze_llm=False)  # names of submodules that have no work
-        self.frozen_parts = self._parts_that_rest(freeze_llm)  # those that do not learn, idle or not
+        self.idle_parts = idle_parts(variant, use_speaker)  # names of submodules that have no work
+        self.frozen_parts = (PRETRAINED_PART,) if freeze_llm else self.idle_parts  # those that do not learn
         self.carried_names: frozenset[str] = frozenset()  # frozen weights that are not those of the model folder
         self.trained_parts: tuple[str, ...] = ()  # submodules beside the language model that the folder's training made
         for name in self.frozen_parts:
@@ -208,9 +181,6 @@ class CosyVoiceS3Model(nn.Module):
     ) -> Tensor:
         """What the language model makes of a prefix and units, before it names the next unit.
 
-        Rows are joined without a gap by one gather: row by row takes longer than the language model itself, and every
-        look at a length would let a GPU wait.
-
         Args:
             prefix: what stands before the units, as `read` gives it.
             units: [B, S], int64; anything behind a row's end.
@@ -221,20 +191,11 @@ class CosyVoiceS3Model(nn.Module):
             the last states [B, S+1, D_out]: place k predicts unit k, place n of a row of n units EOS; places behind
             that mean nothing.
         """
-        (width, dim), before = prefix.vectors.shape[1:], prefix.lengths[:, None]
         spoken = self.llm.speech_embedding(units.clamp(min=0))
         if hidden_units is not None:
             spoken = spoken.masked_fill(hidden_units[:, :, None], 0.0)
-        parts = torch.cat([prefix.vectors, spoken.to(prefix.vectors.dtype)], dim=1)
-        parts = F.pad(parts, (0, 0, 0, -parts.shape[1] % LENGTH_MULTIPLES.get(parts.device.type, 1)))
-        place = torch.arange(parts.shape[1], device=parts.device)[None]
-        source = torch.where(place < before, place, place - before + width).clamp(max=parts.shape[1] - 1)
-        joined = parts.gather(1, source[:, :, None].expand(-1, -1, dim))
-        lengths = prefix.lengths + unit_lengths
-        states, _ = self.llm.llm(joined.masked_fill((place >= lengths[:, None])[:, :, None], 0.0), lengths)
-        targets = torch.arange(units.shape[1] + 1, device=states.device)
-        positions = (before - 1 + targets).clamp(max=states.shape[1] - 1)  # [B, S+1]; [task] is first
-        return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))
+        states, _ = self.llm.llm(*join_units(prefix, spoken, unit_lengths))
+        return at_targets(states, prefix.lengths, units.shape[1] + 1)
 
     def targets(self, batch: Batch) -> Tensor:
         """What `predict` should have said.
@@ -245,9 +206,7 @@ class CosyVoiceS3Model(nn.Module):
         Returns:
             [B, S+1], int64: a row's units, then EOS, then IGNORE_ID.
         """
-        size = batch.units.shape[1] + 1
-        targets = F.pad(batch.units, (0, 1)).masked_fill(~valid_mask(batch.unit_lengths, size), IGNORE_ID)
-        return targets.scatter(1, batch.unit_lengths[:, None], self.eos)
+        return targets_of(batch.units, batch.unit_lengths, self.eos)
 
     def read(self, batch: Batch) -> Reading:
         """Read all but the units: `[sos] [speaker] [text] [task]` of each row, and what the quantizer asks for.
@@ -262,7 +221,7 @@ class CosyVoiceS3Model(nn.Module):
             ValueError: the batch lacks what the variant reads.
         """
         text, lengths, heard = self._text_vectors(batch)
-        prefix = self._prefix_of(text, lengths, self._speaker_vectors(batch))
+        prefix = join_prefix(self.llm.llm_embedding.weight, self._speaker_vectors(batch), text, lengths)
         if heard is None or heard.commitment_loss is None or not (self.quantizer and self.quantizer.training):
             return Reading(prefix, text.new_zeros(len(text)), torch.zeros_like(batch.text_lengths))
         assert batch.word_ids is not None, "who hears with a quantizer has read the words"
@@ -360,69 +319,6 @@ class CosyVoiceS3Model(nn.Module):
             self.get_submodule(name).eval()
         return self
 
-    def begins_trained(self, name: str) -> bool:
-        """Whether a weight was trained for this language model before the run.
-
-        Args:
-            name: of a weight of this model.
-
-        Returns:
-            True for what the model folder holds, `trained_parts` included; False for adapters and new modules.
-        """
-        return is_pretrained(name) or lies_in(name, self.trained_parts)
-
-    def learned_state(self) -> dict[str, Tensor]:
-        """The weights that are not in the model folder, by name: those that training changes or changed before.
-
-        Returns:
-            the entries of `state_dict()` that lie in no frozen part, and the frozen ones that came from another run.
-        """
-        return {
-            name: value
-            for name, value in self.state_dict().items()
-            if name in self.carried_names or not self._stays(name)
-        }
-
-    def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `learned_state` gave.
-
-        Weights of frozen parts are taken too, where the state has them: they are another run's, and are carried on.
-
-        Args:
-            state: weights by name.
-
-        Raises:
-            ValueError: names or shapes are not those of this model; all differences are listed.
-        """
-        own = self.state_dict()
-        learned = {name for name in own if not self._stays(name)}
-        problems = [f"missing: {name}" for name in learned - state.keys()]
-        problems += [f"unknown: {name}" for name in state.keys() - own.keys()]
-        problems += [
-            f"{name} is {list(state[name].shape)}, this model has {list(own[name].shape)}"
-            for name in own.keys() & state.keys()
-            if own[name].shape != state[name].shape
-        ]
-        if problems:
-            raise ValueError(
-                f"the checkpoint does not fit a {self.variant!r} model with these settings:\n  "
-                + "\n  ".join(sorted(problems))
-                + "\nUse the settings, the model folder and the features it was trained with (see the .json beside it)."
-            )
-        self.load_state_dict(own | state)
-        self.carried_names = frozenset(state.keys() - learned)
-
-    def _prefix_of(self, text: Tensor, lengths: Tensor, speaker: Tensor) -> Prefix:
-        """`[sos] [speaker] [text] [task]` of each row, from text [B, T', D] and speaker [B, 0 or 1, D]."""
-        sos, task = (
-            self.llm.llm_embedding.weight[row].to(text.dtype).expand(len(text), 1, -1) for row in (SOS_ROW, TASK_ROW)
-        )
-        joined = torch.cat([sos, speaker.to(text.dtype), text, task], dim=1)
-        ends = (1 + speaker.shape[1] + lengths)[:, None]  # where each row's own [task] stands
-        place = torch.arange(joined.shape[1], device=text.device)[None]
-        joined = torch.where((place == ends)[:, :, None], task, joined)
-        return Prefix(joined.masked_fill((place > ends)[:, :, None], 0.0), ends[:, 0] + 1)
-
     def _text_vectors(self, batch: Batch) -> tuple[Tensor, Tensor, _Heard | None]:
         """The text at the LM's width [B, T', D], its lengths [B], and the speech that is in it."""
         if self.aggregator is None:
@@ -466,54 +362,3 @@ class CosyVoiceS3Model(nn.Module):
                 "the model reads a speaker vector, and the batch has none (USE_SPEAKER = False goes without)"
             )
         return self.llm.spk_embed_affine_layer(F.normalize(batch.speaker, dim=1))[:, None]
-
-    def _stays(self, name: str) -> bool:
-        """Whether training leaves a weight as it is."""
-        return lies_in(name, self.frozen_parts) and not is_adapter(name)
-
-    def _parts_that_rest(self, freeze_llm: bool) -> tuple[str, ...]:
-        """Names of the submodules that do not learn."""
-        if freeze_llm:
-            return ("llm",)
-        resting = ["llm.text_embedding"]
-        if self.variant == "simple":
-            resting += ["llm.text_encoder", "llm.text_encoder_affine_layer"]
-        if not self.use_speaker:
-            resting.append("llm.spk_embed_affine_layer")
-        return tuple(resting)
-
-
-def is_pretrained(name: str) -> bool:
-    """Whether the model folder holds a weight.
-
-    Args:
-        name: of a weight of the model.
-
-    Returns:
-        True where it does; False for a variant's own parts, and for adapters.
-    """
-    return lies_in(name, [PRETRAINED_PART]) and not is_adapter(name)
-
-
-def lies_in(name: str, parts: Sequence[str]) -> bool:
-    """Whether a weight belongs to one of some submodules.
-
-    Args:
-        name: of the weight.
-        parts: names of submodules.
-
-    Returns:
-        True where it does.
-    """
-    return name.startswith(tuple(f"{part}." for part in parts))
-
-
-def _check_parts(variant: str, parts: dict[str, nn.Module | None]) -> None:
-    """Refuse a variant with parts that are not its own, or without some that are."""
-    if variant not in PARTS:
-        raise ValueError(f"VARIANT is {variant!r}; expected one of {', '.join(VARIANTS)}")
-    needed, given = set(PARTS[variant]), {name for name, part in parts.items() if part is not None}
-    problems = [f"needs: {', '.join(sorted(needed - given))}"] if needed - given else []
-    problems += [f"takes no: {', '.join(sorted(given - needed))}"] if given - needed else []
-    if problems:
-        raise ValueError(f"variant {variant!r} {'; '.join(problems)}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import read_torch_file
-from taste.asr import import_listener, resampled
+from taste.listening import import_listener, resampled
 
 # N samples
 WEIGHTS_FILE = "utmos_state_dict.pt"  # of the strong learner, as Blinorot/UTMOS-PyTorch on Hugging Face has it

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.abridge import abridge
+from cosyvoice.utils.state_difference import state_difference
 from taste.batch import Batch
 from taste.model import CosyVoiceS3Model
 from taste.official_names import rename
@@ -223,23 +225,16 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: truncated, or no safetensors file ({error}); {_fetch(folder)}") from error
         unknown += renamed.unknown
     if unknown:
-        shown = ", ".join(unknown[:SHOWN_NAMES]) + (", ..." if len(unknown) > SHOWN_NAMES else "")
+        shown = abridge(unknown, SHOWN_NAMES)
         raise ValueError(f"{folder} has {len(unknown)} weights that no TASTE model has: {shown}; {_fetch(folder)}")
     return {name: _as_kept_here(name, value) for name, value in weights.items()}
 
 
 def _check_fit(taste: OfficialTaste, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Refuse weights that are missing, unknown, or of another shape."""
-    own = taste.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in own]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
+    problems = state_difference(taste.state_dict(), weights).phrases()
     if problems:
-        shown = "; ".join(problems[:SHOWN_NAMES]) + ("; ..." if len(problems) > SHOWN_NAMES else "")
+        shown = abridge(problems, SHOWN_NAMES, "; ")
         raise ValueError(f"{len(problems)} weights in {folder} do not fit each other: {shown}. {_fetch(folder)}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from cosyvoice.utils.atomic import atomic_path
+from cosyvoice.utils.rates import MEL_FRAMES_PER_SECOND, S3_UNITS_PER_SECOND, WHISPER_FRAMES_PER_SECOND
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 # T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   F mel frames, 86.13 Hz
 
-UNITS_PER_SECOND = 50
-WHISPER_FRAMES_PER_SECOND = 50
-MEL_FRAMES_PER_SECOND = 22_050 / 256
 TRAIN_COLOUR, TEST_COLOUR, QUIET_COLOUR = "tab:blue", "tab:orange", "0.55"
 DOTS_PER_INCH = 130
 TITLE_COLUMNS, TITLE_LINES = 110, 3  # characters
@@ -111,7 +109,7 @@ def plot_units(path: Path, rows: Sequence[tuple[str, Sequence[int], Sequence[int
             (true, TRAIN_COLOUR, "o", f"true ({len(true)})"),
             (predicted, TEST_COLOUR, "x", f"generated ({len(predicted)})"),
         ):
-            times = np.arange(len(units)) / UNITS_PER_SECOND
+            times = np.arange(len(units)) / S3_UNITS_PER_SECOND
             axes.scatter(times, units, s=9, c=colour, marker=marker, linewidths=0.8, label=label)
         axes.set(ylabel="S3 unit")
         axes.set_title(utt_id, loc="left")

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ, WHISPER_FRAMES_PER_SECOND
 from taste.audio import read_audio
-from taste.data import EXTRA_POSITIONS, FRAMES_PER_SECOND, Features, Selection, UtteranceDataset
+from taste.data import UtteranceDataset
 from taste.official import OfficialTaste, tokenize
-from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from taste.split_features import Features
+from taste.unit_sequence import EXTRA_POSITIONS
+from taste.utterance_selection import Selection
+from taste.whisper_encoder import SAMPLES_PER_FRAME
 
 # A Whisper frames, 50 Hz   D channels
 
@@ -95,7 +99,7 @@ class ReleasedDataset(UtteranceDataset):
         Raises:
             ValueError: the recording cannot be read, is empty or too long.
         """
-        return self.hear(read_audio(self.info(utt_id)["audio_path"], SAMPLE_RATE_HZ).waveform)
+        return self.hear(read_audio(self.info(utt_id)["audio_path"], SPEECH_SAMPLE_RATE_HZ).waveform)
 
     @torch.inference_mode()
     def hear(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ class ReleasedDataset(UtteranceDataset):
             frames, 50 a second.
         """
         seconds = self.duration_seconds(utt_id)
-        frames = len(self.features.units[utt_id]) if seconds is None else math.ceil(seconds * FRAMES_PER_SECOND)
+        frames = len(self.features.units[utt_id]) if seconds is None else math.ceil(seconds * WHISPER_FRAMES_PER_SECOND)
         return max(1, min(frames, self.speech_frames(utt_id)))
 
     def subset(self, indices: Sequence[int]) -> "ReleasedDataset":

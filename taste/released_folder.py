@@ -4,9 +4,9 @@ from pathlib import Path
 
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, ModelDir, sizes
 from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 from taste.model import CosyVoiceS3Model
 
-UNITS_PER_SECOND = 50  # that a released TASTE learned to say; its weights do not tell
 RELEASED_SPEAKER_MODEL = "cosyvoice/speaker_embed.onnx"  # in the released folder, the same under another name
 
 
@@ -31,7 +31,7 @@ def check_same_sizes(model: CosyVoiceS3Model, folder: str | Path, model_dir: str
         "LM width": (there.lm_width, model.llm.llm_input_size),
         "S3 units": (there.speech_vocab, model.llm.speech_token_size),
         "speaker width": (there.spk_width, model.llm.spk_embed_affine_layer.in_features),
-        "S3 units a second": (there.token_rate, UNITS_PER_SECOND),
+        "S3 units a second": (there.token_rate, S3_UNITS_PER_SECOND),  # its weights do not tell
     }
     differences = [f"{name} {got}, expected {wanted}" for name, (got, wanted) in pairs.items() if got != wanted]
     if differences:

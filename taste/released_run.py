@@ -15,7 +15,7 @@ from taste.audio_use import listen
 from taste.released_data import ReleasedDataset
 from taste.released_folder import check_same_sizes, speaker_model_warning
 from taste.run_data import open_data
-from taste.run_start import run_folder_of
+from taste.run_files import SETTINGS_FILE, holds_training, run_folder_of
 from taste.samples import show
 from taste.scoring import evaluate
 from taste.variant_run import write_results
@@ -80,7 +80,7 @@ def evaluate_released(
     say = accelerator.on_main_process(partial(print, flush=True))
     folder, model_dir = Path(settings.taste_checkpoint), settings.cosyvoice_model_dir
     run_folder = run_folder_of(settings)
-    if (run_folder / "checkpoints").is_dir():
+    if holds_training(run_folder):
         raise ValueError(f"{run_folder} holds what was trained, and its results; give another one: --run-name released")
     settings = settings.replaced(num_workers=0)  # no process but this one has the model that hears the recordings
     _, test_set = open_data(settings.replaced(variant="text_only"), sizes(model_dir), say, only_test=True)
@@ -99,6 +99,6 @@ def evaluate_released(
         results |= listen(settings, taste.model, test_set, accelerator, say, stop_requested, silence)
         if accelerator.is_main_process:
             results |= show(settings, taste.model, test_set, run_folder, accelerator.device, stop_requested)
-            settings.save(run_folder / "settings.json")
+            settings.save(run_folder / SETTINGS_FILE)
             write_results(settings, results, run_folder)
     return results

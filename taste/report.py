@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.atomic import write_text
+from cosyvoice.utils.rates import WHISPER_FRAMES_PER_SECOND
 from taste import report_charts as charts
 from taste.measure_table import PAPER_MARK, PAPER_NOTE, Measures, lay_out, title_of
 
@@ -17,7 +18,6 @@ from taste.measure_table import PAPER_MARK, PAPER_NOTE, Measures, lay_out, title
 
 REPORT_FILE = "report.html"
 TEMPLATE_FILE = Path(__file__).with_name("report_template.html")
-WHISPER_FRAMES_PER_SECOND = 50
 COLOURS = 6  # of lines, as the template defines them
 HUES, HUE_STEP = 360, 137  # neighbouring codes get colours far apart
 TICK_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # between the marks of a time axis

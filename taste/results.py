@@ -12,14 +12,16 @@ from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.stops import leave_if_asked
 from taste.audio import AudioError, read_audio
 from taste.batch import collate
-from taste.data import UtteranceDataset, spread_evenly
+from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
 from taste.generation import Generated, Sampling, generate
 from taste.metrics import compare_units, on_recording
 from taste.model import CosyVoiceS3Model
 from taste.plots import plot_alignment, plot_mels, plot_units
 from taste.progress_bar import progress_bar
+from taste.run_files import RESULTS_FILE
 from taste.scoring import feature_loader
+from taste.subsample import spread_evenly
 from taste.synthesis import LEAST_UNITS, UnitDecoder
 
 SHOWN_UNITS = 24
@@ -311,7 +313,7 @@ def summary(results: dict[str, Any], run_folder: Path) -> str:
         rows.append(("wav files", f"{len(results['wavs'])} in {run_folder / 'wavs'}"))
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
-    return f"\n{table}\n\nresults: {run_folder / 'metrics.json'}"
+    return f"\n{table}\n\nresults: {run_folder / RESULTS_FILE}"
 
 
 def _title(dataset: UtteranceDataset, utt_id: str) -> str:

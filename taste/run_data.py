@@ -5,10 +5,12 @@ from pathlib import Path
 
 from cosyvoice.utils.model_dir import ModelSizes
 from cosyvoice.utils.settings import Settings
-from taste.data import HELD_OUT_SEED, FeaturePaths, UtteranceDataset, features_exist, hold_out, open_dataset
+from taste.data import UtteranceDataset, open_dataset
 from taste.feature_origin import check_origin, check_same_hearing
-from taste.model import PARTS
+from taste.split_features import FeaturePaths, features_exist
+from taste.train_test_split import HELD_OUT_SEED, hold_out
 from taste.transcript_check import misfits
+from taste.variants import PARTS
 
 SHOWN_IDS = 3
 

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from cosyvoice.utils.provenance import changed_models, noted_models
 from cosyvoice.utils.settings import Settings
 from taste.build import TasteSizes
-from taste.checkpoint import (
-    Checkpoint,
-    check_same_folder,
-    load_checkpoint,
-)
+from taste.checkpoint import Checkpoint, check_same_folder, load_checkpoint
 from taste.data import UtteranceDataset
+from taste.learned_state import load_learned_state
 from taste.model import CosyVoiceS3Model
 from taste.run_data import has_test_set
+from taste.run_files import LAST_FILE, notes_of
 from taste.run_start import ORIGIN
 from taste.scoring import evaluate
 
@@ -79,7 +77,7 @@ def evaluate_only(
     results: dict[str, Any] = {"checkpoint": str(checkpoint_path or settings.init_from or settings.cosyvoice_model_dir)}
     if checkpoint_path:
         checkpoint = load_checkpoint(checkpoint_path)
-        model.load_learned_state(checkpoint.weights)
+        load_learned_state(model, checkpoint.weights)
         check_same_folder(model, checkpoint, checkpoint_path)
         check_fair(settings, checkpoint, sets[0])
         progress = checkpoint.notes["progress"]
@@ -125,7 +123,7 @@ def whole_history(checkpoint_path: Path, known: list[dict[str, Any]]) -> list[di
     Returns:
         an entry an epoch, as in metrics.json.
     """
-    notes_path = checkpoint_path.with_name("last.json")
+    notes_path = notes_of(checkpoint_path.with_name(LAST_FILE))
     if not notes_path.is_file():
         return known
     history = json.loads(notes_path.read_text(encoding="utf-8"))["progress"]["history"]

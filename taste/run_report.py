@@ -18,13 +18,16 @@ from cosyvoice.utils.atomic import write_text
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import CONFIG_FILE, ModelDir, sizes
 from cosyvoice.utils.tensor_file import save_tensors
-from taste.asr import Found, find_aligner, normalise
+from taste.asr import Found, find_aligner
 from taste.audio import AudioError, read_audio
-from taste.data import UtteranceDataset, spread_evenly
+from taste.data import UtteranceDataset
 from taste.measure_table import REFERENCES, Measures, title_of, to_markdown
 from taste.report import ReportUtterance, write_report
-from taste.sound_metrics import UtteranceSounds, evaluate_sounds
+from taste.run_files import RESULTS_FILE, SETTINGS_FILE
+from taste.sound_evaluation import UtteranceSounds, evaluate_sounds
+from taste.subsample import spread_evenly
 from taste.text import SPELLED_BY_CHARACTER
+from taste.text_normalisation import normalise
 from taste.words import word_spans
 
 # T text tokens   A Whisper frames, 50 Hz   W words   L levels
@@ -123,7 +126,7 @@ def write_run_report(
     Returns:
         path of the page.
     """
-    metrics = {system: _read_json(path / "metrics.json") for system, path in runs.items()}
+    metrics = {system: _read_json(path / RESULTS_FILE) for system, path in runs.items()}
     measures: dict[str, dict[str, float | None]] = {}
     skipped: dict[str, str] = {}
     notes: dict[str, list[str]] = {}  # note -> whose
@@ -142,7 +145,7 @@ def write_run_report(
     return write_report(
         Path(folder),
         title=title,
-        settings=_read_json(list(runs.values())[-1] / "settings.json") if runs else {},
+        settings=_read_json(list(runs.values())[-1] / SETTINGS_FILE) if runs else {},
         histories={system: own["history"] for system, own in metrics.items() if own.get("history")},
         measures=measures,
         skipped=skipped,

@@ -10,9 +10,11 @@ from taste.build import TasteSizes
 from taste.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_fingerprint
 from taste.data import UtteranceDataset
 from taste.fitted_start import fit_new_parts
-from taste.model import PARTS, CosyVoiceS3Model
+from taste.model import CosyVoiceS3Model
 from taste.pretrained_parts import take_parts
 from taste.results import describe_fit, describe_start
+from taste.run_files import best_checkpoint, last_checkpoint
+from taste.variants import PARTS
 from taste.warm_start import find_start, start_from
 
 if TYPE_CHECKING:
@@ -25,18 +27,6 @@ DECIDES_TRAINING = (
     *("accumulation_steps", "lr", "new_modules_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"),
 )
 ORIGIN = ("started_from", "pretrained", "fitted")  # notes about a run's first weights
-
-
-def run_folder_of(settings: Settings) -> Path:
-    """Where a run writes.
-
-    Args:
-        settings: EXP_DIR, RUN_NAME and VARIANT.
-
-    Returns:
-        the folder.
-    """
-    return Path(settings.exp_dir) / (settings.run_name or settings.variant)
 
 
 def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
@@ -56,7 +46,7 @@ def find_checkpoint(settings: Settings, run_folder: Path) -> Path | None:
     if settings.resume == "never":
         return None
     if settings.resume == "auto":
-        last, best = (run_folder / "checkpoints" / name for name in ("last.pt", "best.pt"))
+        last, best = last_checkpoint(run_folder), best_checkpoint(run_folder)
         if settings.num_epochs and not last.exists() and _is_trained(best):
             raise ValueError(
                 f"{best} was trained, and {last.name}, from which a training goes on, is not beside it. Put it back, "

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from taste.audio import AudioError, read_audio
 
 if TYPE_CHECKING:
     from s3tokenizer.model import ModelConfig, S3Tokenizer
 
-SAMPLE_RATE_HZ = 16_000
 HOP_SAMPLES = 160
 FRAMES_PER_UNIT = 2
-UNIT_RATE_HZ = SAMPLE_RATE_HZ / HOP_SAMPLES / FRAMES_PER_UNIT  # 50
 SHORTEST_SAMPLES = HOP_SAMPLES  # one mel frame, one unit
 WINDOW_FRAMES = 3000  # 30 s, the model's positions
 OVERLAP_FRAMES = 400  # 4 s
@@ -107,7 +106,7 @@ def read_recording(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         AudioError: as `taste.audio.read_audio`, or the recording is shorter than 160 samples (10 ms).
     """
-    waveform = read_audio(path, SAMPLE_RATE_HZ).waveform
+    waveform = read_audio(path, SPEECH_SAMPLE_RATE_HZ).waveform
     if len(waveform) < SHORTEST_SAMPLES:
         raise AudioError(f"{path}: {len(waveform)} samples at 16 kHz are too few; expected {SHORTEST_SAMPLES} or more")
     return waveform

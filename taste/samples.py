@@ -10,12 +10,13 @@ from torch import Tensor
 from cosyvoice.utils.model_dir import get_tokenizer
 from cosyvoice.utils.settings import Settings
 from taste.audio_use import codes_of
-from taste.data import UtteranceDataset, spread_evenly
+from taste.data import UtteranceDataset
 from taste.generation import Sampling
 from taste.metrics import describe_attention
 from taste.model import CosyVoiceS3Model
 from taste.results import attention_of, decode_units, draw_alignments, generate_units, report_units
 from taste.run_report import SHOWN_FILE, measure_run, note_shown
+from taste.subsample import finite_examples, spread_evenly
 from taste.synthesis import UnitDecoder
 from taste.transcript_check import misfits
 
@@ -47,7 +48,8 @@ def show(
     (run_folder / SHOWN_FILE).unlink(missing_ok=True)  # the report must not show an earlier model's
     if not settings.generate_utterances:
         return {}
-    shown = _finite_only(test_set, spread_evenly(len(test_set), settings.generate_utterances))
+    finite = finite_examples(test_set, settings.generate_utterances, print, "nothing is generated of it")
+    shown = test_set.subset([index for index, _ in finite])
     if not len(shown):
         return {}
     torch.manual_seed(settings.seed)
@@ -94,17 +96,6 @@ def sampling_of(settings: Settings) -> Sampling:
         ValueError: a value is out of its range.
     """
     return Sampling(settings.sampling, settings.top_k, settings.min_units_per_token, settings.max_units_per_token)
-
-
-def _finite_only(dataset: UtteranceDataset, indices: Sequence[int]) -> UtteranceDataset:
-    """Those of the utterances whose features are numbers; the others are named."""
-    chosen = []
-    for index in indices:
-        if (example := dataset[index]).is_finite:
-            chosen.append(index)
-        else:
-            print(f"warning: {example.utt_id} has features that are no numbers; nothing is generated of it")
-    return dataset.subset(chosen)
 
 
 def _warn_of_misfits(dataset: UtteranceDataset, weights: Sequence[Tensor]) -> None:

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,56 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.interrupt import obey_parent_alone, signals_held_back
 from cosyvoice.utils.stops import NonFiniteLossError
 from taste.batch import Batch, Example, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
-from taste.model import CosyVoiceS3Model, Scores
+from taste.model import CosyVoiceS3Model
 from taste.progress_bar import progress_bar
+from taste.scores import Scores, Totals
 
 if TYPE_CHECKING:
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 BATCHES_AHEAD = 2  # at least, by each process that loads features
 SHOWN_UTTERANCES = 8  # of a list
-
-
-@dataclass
-class Totals:
-    """Sums over targets (units, and one EOS an utterance) and over words, and the averages that follow from them."""
-
-    loss_sum: float = 0.0  # nats
-    top1_count: float = 0.0
-    top5_count: float = 0.0
-    target_count: float = 0.0
-    commitment_sum: float = 0.0  # the quantizer's loss, in training
-    word_count: float = 0.0  # words that it is summed over
-
-    @classmethod
-    def of(cls, scores: Scores) -> "Totals":
-        """The sums over a batch.
-
-        Args:
-            scores: of its rows.
-
-        Returns:
-            their sums.
-        """
-        return cls(*torch.stack([row_sums.double().sum() for row_sums in scores]).tolist())
-
-    def __add__(self, other: "Totals") -> "Totals":
-        return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
-
-    def as_list(self) -> list[float]:
-        """The sums, in order."""
-        return list(vars(self).values())
-
-    def averages(self) -> dict[str, float]:
-        """`loss` in nats a target, `top1` and `top5` as shares of the targets; `commitment` a word, where there is."""
-        sums = {"loss": self.loss_sum, "top1": self.top1_count, "top5": self.top5_count}
-        averages = {name: value / self.target_count for name, value in sums.items()}
-        return averages | ({"commitment": self.commitment_sum / self.word_count} if self.word_count else {})
 
 
 def evaluate(
@@ -133,8 +97,7 @@ def some_of(utt_ids: Sequence[str], dataset: UtteranceDataset) -> str:
     Returns:
         such as `2 of 15 utterances (a, b)`.
     """
-    shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
-    return f"{len(utt_ids)} of {len(dataset)} utterances ({shown})"
+    return f"{len(utt_ids)} of {len(dataset)} utterances ({abridge(utt_ids, SHOWN_UTTERANCES)})"
 
 
 def _those(utt_ids: Sequence[str], chosen: Tensor) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, ModelDir, get_tokenizer, sizes
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from cosyvoice.utils.settings import pick_device
-from taste.asr import WhisperRecogniser, whisper_lacks
 from taste.audio import read_audio
 from taste.batch import Batch
 from taste.checkpoint import weights_fingerprint
@@ -23,7 +23,8 @@ from taste.synthesis import UnitDecoder
 from taste.text import TextTokens, tokenize
 from taste.trained_reader import TrainedReader
 from taste.transcript_check import misfits
-from taste.whisper_encoder import SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
+from taste.whisper_encoder import SAMPLES_PER_FRAME
+from taste.whisper_recogniser import WhisperRecogniser, whisper_lacks
 from taste.words import word_spans
 
 # T text tokens   W words   L codes a word   N samples   A Whisper frames, 50 Hz
@@ -192,7 +193,7 @@ class TasteTokenizer:
             ValueError: the recording cannot be read, is empty or too long; or there is no text, and nobody who writes
                 it down, or nothing was heard.
         """
-        waveform = recording if isinstance(recording, Tensor) else read_audio(recording, SAMPLE_RATE_HZ).waveform
+        waveform = recording if isinstance(recording, Tensor) else read_audio(recording, SPEECH_SAMPLE_RATE_HZ).waveform
         text = text or self._write_down(waveform, language)
         tokens = self._split(self._text_tokenizer, text)
         speaker = None if self._speaker is None else self._speaker.embed(waveform)
@@ -205,7 +206,7 @@ class TasteTokenizer:
             words=[self._text_tokenizer.decode(tokens.tokens[start:end]).strip() for start, end in spans],
             codes=self.model.encode(batch)[0, [start for start, _ in spans]].cpu(),
             speaker=speaker,
-            seconds=len(waveform) / SAMPLE_RATE_HZ,
+            seconds=len(waveform) / SPEECH_SAMPLE_RATE_HZ,
             model=self.fingerprint,
             doubts=misfits(torch.tensor(tokens.word_ids), attention.shape[1], attention),
         )
@@ -219,7 +220,7 @@ class TasteTokenizer:
                     f"{self._whisper_folder} ({lacking}); give the text, or fetch one with setup_cosyvoice.py"
                 )
             self._recogniser = WhisperRecogniser(self._whisper_folder, str(self.device))
-        text = self._recogniser.transcript(waveform, SAMPLE_RATE_HZ, language)
+        text = self._recogniser.transcript(waveform, SPEECH_SAMPLE_RATE_HZ, language)
         if not text:
             raise ValueError("there is no text, and Whisper heard nothing in the recording; give the text")
         return text

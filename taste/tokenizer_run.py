@@ -18,7 +18,7 @@ from taste.code_files import read_codes, write_codes
 from taste.failures import Failure, list_failures
 from taste.manifest import Utterance, read_manifest
 from taste.progress_bar import progress_bar
-from taste.run_start import run_folder_of
+from taste.run_files import best_checkpoint, run_folder_of
 from taste.samples import sampling_of
 from taste.tokenizer import SpeechCodes, TasteTokenizer
 
@@ -44,7 +44,7 @@ def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:
     """
     if settings.taste_checkpoint:
         return TasteTokenizer.open_released(settings.taste_checkpoint, settings.cosyvoice_model_dir, device)
-    path = run_folder_of(settings) / "checkpoints" / "best.pt"
+    path = best_checkpoint(run_folder_of(settings))
     if settings.resume not in ("auto", "never"):
         path = Path(settings.resume)
     if not path.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cosyvoice.utils.atomic import atomic_path
-from taste.scoring import Totals
+from taste.scores import Totals
 
 
 @dataclass

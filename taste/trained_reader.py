@@ -10,6 +10,7 @@ from cosyvoice.utils.model_dir import ModelDir, text_embedding_table
 from taste.batch import Batch, Example, collate
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import check_same_folder, load_checkpoint
+from taste.learned_state import load_learned_state
 from taste.text import TextTokens
 from taste.whisper_encoder import WhisperEncoder, check_same_whisper
 from taste.words import word_spans
@@ -62,7 +63,7 @@ class TrainedReader:
             taste_sizes=TasteSizes.from_dict(settings),
             whisper_dir=whisper_dir,
         )
-        model.load_learned_state(checkpoint.weights)
+        load_learned_state(model, checkpoint.weights)
         check_same_folder(model, checkpoint, checkpoint_path)
         self.model = model.to(device)
         self._text_embedding = text_embedding_table(folder)

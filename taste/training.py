@@ -4,77 +4,41 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.provenance import changed_models
 from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
-from taste.batch import Batch, collate
+from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
-from taste.epoch_plan import EpochPlan, halved, most_demanding
-from taste.model import CosyVoiceS3Model, Scores
+from taste.epoch_plan import EpochPlan, most_demanding
+from taste.gradient_accumulation import GradientAccumulator
+from taste.learned_state import learned_state, load_learned_state
+from taste.model import CosyVoiceS3Model
+from taste.optimizer import ADAM_BETAS, parameter_groups, share_of_peak
 from taste.progress_bar import progress_bar
-from taste.scoring import SHOWN_UTTERANCES, Totals, evaluate, feature_loader, precision_of, sum_over_processes
+from taste.run_files import STEPS_FILE, best_checkpoint, last_checkpoint
+from taste.scores import Totals
+from taste.scoring import SHOWN_UTTERANCES, evaluate, feature_loader, sum_over_processes
 from taste.train_state import Progress, StepRecord
+from taste.training_config import TrainingConfig
 
-ADAM_BETAS = (0.9, 0.98)
-LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
 MOST_SKIPPED_STEPS = 5  # in a row, whose loss or gradient is no number; at so many the training has failed
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train."""
-
-    num_epochs: int
-    batch_size: int  # utterances that a process looks at together
-    lr: float  # peak of the schedule, of the parts that the model folder holds
-    new_modules_lr: float  # the same of all others, which have everything to learn
-    warmup_steps: int
-    weight_decay: float
-    grad_clip: float  # largest norm of the gradient
-    accumulation_steps: int  # batches whose gradients make one step
-    seed: int
-    checkpoint_every: int = 0  # steps; 0: none by their number
-    checkpoint_minutes: float = 0  # since the last one; 0: none by the clock. One is written after each epoch anyway
-    num_workers: int = 0  # processes that load features
-
-    def __post_init__(self) -> None:
-        least = {"num_epochs": 0, "batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "accumulation_steps": 1}
-        least |= {"checkpoint_every": 0, "checkpoint_minutes": 0, "num_workers": 0}
-        problems = [
-            f"{name.upper()} is {vars(self)[name]}, expected {low} or more"
-            for name, low in least.items()
-            if vars(self)[name] < low
-        ]
-        problems += [
-            f"{name.upper()} is {vars(self)[name]}, expected more than 0"
-            for name in ("lr", "new_modules_lr", "grad_clip")
-            if vars(self)[name] <= 0
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
 
 
 class Trainer:
     """Trains a model, evaluates it after each epoch, and saves it so that a run can go on exactly.
 
-    The loss of a step is averaged over all targets of all its batches in all processes: how utterances are spread over
-    batches, accumulated batches and processes changes nothing but rounding. The quantizer's own loss, averaged over all
-    words, is added; its codebooks follow each batch in turn, so there the spreading does change something.
-
-    A step whose loss or gradient is no number is left out. A batch that does not fit in the device's memory is computed
-    in parts, by one process alone: of several, the others would wait for its gradients.
+    What a step minimises, however its utterances are spread over batches and processes, see `GradientAccumulator`. A
+    step whose loss or gradient is no number is left out.
 
     Args:
         model: the model; it is moved to the accelerator's device.
@@ -110,16 +74,17 @@ class Trainer:
         self.config, self.accelerator = config, accelerator
         self.train_set, self.test_set = train_set, test_set
         self.stop_requested, self.on_epoch, self.on_minute = stop_requested, on_epoch, on_minute
-        self.last_path = run_folder / "checkpoints" / "last.pt"
-        self.best_path = run_folder / "checkpoints" / "best.pt"
-        self.record = StepRecord(run_folder / "metrics.jsonl")
+        self.last_path, self.best_path = last_checkpoint(run_folder), best_checkpoint(run_folder)
+        self.record = StepRecord(run_folder / STEPS_FILE)
         self.plan = EpochPlan(train_set.lengths, config.batch_size, config.seed)
         self.progress = Progress()
         self._clock, self._saved_at = clock, clock()
-        self._told_of_parts = False
         self.model = model.to(accelerator.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=ADAM_BETAS)
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.gradients = GradientAccumulator(
+            self.wrapped_model, model.quantizer, self.optimizer, train_set, accelerator, config.seed
+        )
         self.steps_per_epoch = len(self._steps_of(0))
         if not self.steps_per_epoch:
             raise ValueError(
@@ -129,7 +94,7 @@ class Trainer:
             **notes,
             "train_set": train_set.fingerprint(),
             "test_set": test_set.fingerprint(),
-            "frozen_weights": frozen_fingerprint(model, model.learned_state()),
+            "frozen_weights": frozen_fingerprint(model, learned_state(model)),
             "processes": accelerator.num_processes,
         }
 
@@ -165,7 +130,7 @@ class Trainer:
                 f"Put it back; or keep this run, and begin another with its weights: --init-from {self.last_path} "
                 "--run-name <another>; or start anew over it: --resume never"
             )
-        self.model.load_learned_state(checkpoint.weights)
+        load_learned_state(self.model, checkpoint.weights)
         self.notes = now
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress.from_dict(checkpoint.notes["progress"])
@@ -223,21 +188,9 @@ class Trainer:
         Raises:
             ValueError: not even one utterance fits in the device's memory.
         """
-        device, codebooks = self.accelerator.device, self._codebooks()
         batches = [batch for step in self._steps_of(self.progress.epoch) for batch in step]
-        batch = most_demanding(batches, self.train_set.lengths)
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        # what a later step finds in memory: AdamW's two moments, and the gradients of the batches before
-        moments = [torch.empty_like(values) for values in 2 * learning] if not self.optimizer.state else []
-        if self.config.accumulation_steps > 1:
-            for parameter in learning:
-                parameter.grad = torch.zeros_like(parameter)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self.wrapped_model.train()
-            self._gradients([self._load(batch)], [batch], codebooks)
-        del moments
-        self.optimizer.zero_grad()
-        self._restore(codebooks)
+        worst = most_demanding(batches, self.train_set.lengths)
+        self.gradients.try_memory(worst, self.progress.step, accumulates=self.config.accumulation_steps > 1)
 
     def _train_epoch(self) -> None:
         """The steps of the epoch in work that are not done yet."""
@@ -274,19 +227,16 @@ class Trainer:
             the sums over all batches of all processes.
         """
         progress, config, accelerator = self.progress, self.config, self.accelerator
-        self.wrapped_model.train()
-        codebooks = self._codebooks()
         share = share_of_peak(progress.step, config.num_epochs * self.steps_per_epoch, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
-        own_totals, spoiled = self._gradients(batches, numbers, codebooks)
+        own_totals, spoiled = self.gradients.add_up(batches, numbers, progress.step)
         totals = Totals(*sum_over_processes(accelerator, own_totals.as_list()))
         gradient_norm = float(accelerator.clip_grad_norm_(self.wrapped_model.parameters(), config.grad_clip))
         progress.step += 1
         progress.step_in_epoch += 1
         if not (math.isfinite(totals.loss_sum) and math.isfinite(gradient_norm)):
-            self.optimizer.zero_grad()
-            self._restore(codebooks)
+            self.gradients.forget()
             utt_ids = [self.train_set.utt_ids[number] for batch in numbers for number in batch]
             self._note_skipped(totals, gradient_norm, gather_object(spoiled) or gather_object(utt_ids))
             return totals
@@ -304,7 +254,7 @@ class Trainer:
         progress = self.progress
         progress.skipped_in_a_row += 1
         loss = totals.averages()["loss"]
-        shown = ", ".join(utt_ids[:SHOWN_UTTERANCES]) + (", ..." if len(utt_ids) > SHOWN_UTTERANCES else "")
+        shown = abridge(utt_ids, SHOWN_UTTERANCES)
         what = f"the loss is {loss}, the norm of its gradient {gradient_norm}; utterances: {shown}"
         if self.accelerator.is_main_process:
             numbers = {"loss": str(loss), "gradient_norm": str(gradient_norm)}  # JSON has no NaN
@@ -318,101 +268,6 @@ class Trainer:
                 f"with a lower LR or more WARMUP_STEPS, say from the best weights of this one: --init-from "
                 f"{self.best_path} --run-name <another>"
             )
-
-    def _gradients(
-        self, batches: list[Batch], numbers: list[list[int]], codebooks: dict[str, Tensor]
-    ) -> tuple[Totals, list[str]]:
-        """What `_add_up_gradients` gives, of smaller and smaller batches until they fit in the device's memory.
-
-        The result is that of whole batches but for rounding, dropout and the moving averages of codebooks.
-
-        Args:
-            batches: of this process, emptied on the way.
-            numbers: of the utterances in each.
-            codebooks: as they were before the step.
-
-        Returns:
-            the sums over this process's batches, and the utterances whose loss is no number.
-
-        Raises:
-            ValueError: not even one utterance fits in the device's memory.
-            torch.OutOfMemoryError: a batch does not fit, and there are several processes.
-        """
-        config, accelerator = self.config, self.accelerator
-        whole = rows = max(map(len, numbers))
-        longest = max(self.train_set.lengths[number] for batch in numbers for number in batch)
-        while True:
-            _seed_step(config.seed, self.progress.step, accelerator.process_index)
-            try:
-                found = self._add_up_gradients(batches)
-                break
-            except torch.OutOfMemoryError as error:
-                if accelerator.num_processes > 1:
-                    raise
-                if rows == 1:
-                    raise ValueError(
-                        f"the device is out of memory ({error}), even with one utterance at a time, of up to {longest} "
-                        "positions (text tokens and S3 units). Leave the longest recordings out, or, where that is "
-                        "not so yet, let the new modules alone learn: --freeze-llm true --run-name <another>"
-                    ) from error
-            # only here, where the error keeps nothing of the attempt any more
-            self.optimizer.zero_grad()
-            batches.clear()
-            torch.cuda.empty_cache()
-            self._restore(codebooks)
-            numbers = halved(numbers)
-            rows = max(map(len, numbers))
-            batches.extend(self._load(batch) for batch in numbers)
-        if rows < whole and not self._told_of_parts:
-            self._told_of_parts = True
-            tqdm.write(
-                f"warning: {whole} utterances of up to {longest} positions do not fit in the device's memory together: "
-                f"steps with such batches are computed {rows} at a time, which takes longer (not told again)",
-                file=sys.stderr,
-            )
-        return found
-
-    def _load(self, batch: list[int]) -> Batch:
-        return collate([self.train_set[number] for number in batch])
-
-    def _codebooks(self) -> dict[str, Tensor]:
-        """A copy of what a step changes beside the gradients, if there is a quantizer: its codebooks."""
-        quantizer = self.model.quantizer
-        return {} if quantizer is None else {name: values.clone() for name, values in quantizer.state_dict().items()}
-
-    def _restore(self, codebooks: dict[str, Tensor]) -> None:
-        if self.model.quantizer is not None:
-            self.model.quantizer.load_state_dict(codebooks)
-
-    def _add_up_gradients(self, batches: list[Batch]) -> tuple[Totals, list[str]]:
-        """The gradient of the loss of a target, and of a word, over this step's targets and words in all processes.
-
-        Args:
-            batches: of this process; each is taken out of the list, so that its memory is free once it is done.
-
-        Returns:
-            the sums over this process's batches, and the utterances whose loss is no number.
-        """
-        accelerator, totals, spoiled = self.accelerator, Totals(), []
-        # read when all are done: a GPU need not be waited for after each (but for a quantizer, whose library does)
-        done: list[tuple[tuple[str, ...], Scores]] = []
-        counts = [sum(batch.target_count for batch in batches), sum(batch.word_count for batch in batches)]
-        all_targets, all_words = sum_over_processes(accelerator, counts)
-        while batches:
-            batch = batches.pop(0)
-            # the processes exchange gradients once a step, while the last batch runs backwards
-            with accelerator.no_sync(self.wrapped_model) if batches else nullcontext():
-                with precision_of(accelerator.device):
-                    scores = self.wrapped_model(batch.to(accelerator.device))
-                loss = scores.loss_sums.sum() / all_targets + scores.commitment_sums.sum() / max(1, all_words)
-                # the exchange averages over processes, the loss is a sum over them: undo the division
-                accelerator.backward(loss * accelerator.num_processes)
-            done.append((batch.utt_ids, Scores(*(values.detach() for values in scores))))
-        for utt_ids, scores in done:
-            totals += Totals.of(scores)
-            losses = zip(utt_ids, scores.loss_sums.tolist(), strict=True)
-            spoiled += [utt_id for utt_id, loss in losses if not math.isfinite(loss)]
-        return totals, spoiled
 
     def _evaluate(self) -> dict[str, float]:
         totals = evaluate(
@@ -446,7 +301,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.state_dict() if with_optimizer else None
             notes = self.notes | {"progress": asdict(self.progress)}
-            save_checkpoint(path, Checkpoint(self.model.learned_state(), optimizer, notes))
+            save_checkpoint(path, Checkpoint(learned_state(self.model), optimizer, notes))
         self.accelerator.wait_for_everyone()
 
     def _stop_or_save_if_due(self) -> None:
@@ -464,64 +319,3 @@ class Trainer:
 
     def _steps_of(self, epoch: int) -> list[list[list[int]]]:
         return self.plan.steps(epoch, self.config.accumulation_steps, self.accelerator.num_processes)
-
-
-def share_of_peak(step: int, total_steps: int, warmup_steps: int) -> float:
-    """The schedule of all learning rates: a straight warm-up, then a cosine down to a small share of the peak.
-
-    Args:
-        step: its number, from 0.
-        total_steps: steps of the whole run.
-        warmup_steps: steps until the peak.
-
-    Returns:
-        what the peak is multiplied with.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return LAST_LR_SHARE + (1 - LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Sort what learns by how it learns.
-
-    What the model folder holds is to be changed with care, what is new (adapters too) has everything to learn: each has
-    its own peak learning rate. Weight decay is for matrices; none for biases, norms and embeddings, whose size means
-    something.
-
-    Args:
-        model: its parameters that ask for a gradient are taken.
-        config: the rates and the weight decay.
-
-    Returns:
-        groups as an optimizer takes them, each with its `peak_lr`; none is empty.
-
-    Raises:
-        ValueError: nothing learns.
-    """
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.dim() > 1 and id(parameter) not in embeddings
-            groups.setdefault((model.begins_trained(name), decays), []).append(parameter)
-    if not groups:
-        raise ValueError(
-            f"a frozen {model.variant!r} model has nothing to learn: set FREEZE_LLM = False, choose another VARIANT, "
-            "or evaluate the model as it is with --num-epochs 0"
-        )
-    return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "peak_lr": config.lr if pretrained else config.new_modules_lr,
-        }
-        for (pretrained, decays), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
-    ]
-
-
-def _seed_step(seed: int, step: int, process: int) -> None:
-    """Make the dropout of a step a function of where it stands, so that a resumed run draws the same."""
-    (number,) = np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)
-    torch.manual_seed(int(number))

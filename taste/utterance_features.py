@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from taste.audio import duration_seconds, read_audio
 from taste.failures import Failure
-from taste.feature_store import FeatureWriter
+from taste.feature_writer import FeatureWriter
 from taste.manifest import Utterance
 from taste.speaker import SpeakerEncoder
 from taste.text import TextTokens, tokenize
-from taste.whisper_encoder import SAMPLE_RATE_HZ, WhisperEncoder
+from taste.whisper_encoder import WhisperEncoder
 
 # N samples, 16 kHz   T text tokens   A Whisper frames, 50 Hz   D channels
 
@@ -67,7 +68,7 @@ def prepare(utterance: Utterance, models: Models, max_duration: float) -> Prepar
     try:
         text = tokenize(models.tokenizer, utterance.text)
         _check_duration(duration_seconds(utterance.audio_path), max_duration)
-        audio = read_audio(utterance.audio_path, SAMPLE_RATE_HZ)
+        audio = read_audio(utterance.audio_path, SPEECH_SAMPLE_RATE_HZ)
         _check_duration(audio.duration_seconds, max_duration)  # the header of an mp3 only estimates it
         return Prepared(utterance, audio.waveform, audio.duration_seconds, text, models.speaker.embed(audio.waveform))
     except (ValueError, OSError) as error:  # what a recording or a transcript can cause; anything else is a bug

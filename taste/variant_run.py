@@ -17,30 +17,22 @@ from cosyvoice.utils.provenance import noted_models
 from cosyvoice.utils.settings import Settings
 from taste.audio_use import listen
 from taste.build import TasteSizes, build_model
-from taste.checkpoint import (
-    code_commit,
-    disk_warning,
-    load_checkpoint,
-)
+from taste.checkpoint import code_commit, disk_warning, load_checkpoint
 from taste.data import UtteranceDataset
 from taste.input_fingerprint import inputs_digest
+from taste.learned_state import load_learned_state
 from taste.model import CosyVoiceS3Model
 from taste.plots import plot_losses
 from taste.results import describe_model, epoch_line, summary
 from taste.run_data import open_data
 from taste.run_evaluation import as_trained, evaluate_only
+from taste.run_files import RESULTS_FILE, SETTINGS_FILE, STEPS_FILE, forget_training, holds_training, run_folder_of
 from taste.run_report import write_run_report
-from taste.run_start import (
-    ORIGIN,
-    check_same_settings,
-    find_checkpoint,
-    give_first_weights,
-    run_folder_of,
-    take_best,
-)
+from taste.run_start import ORIGIN, check_same_settings, find_checkpoint, give_first_weights, take_best
 from taste.samples import show
 from taste.train_board import TrainBoard
-from taste.training import Trainer, TrainingConfig
+from taste.training import Trainer
+from taste.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,8 +107,8 @@ def run_variant(
             results |= show(settings, model, test_set, run_folder, accelerator.device, stop_requested)
             if settings.num_epochs:
                 results["made_with"] = inputs_digest(settings, run_folder)
-            elif not (run_folder / "checkpoints").is_dir():  # else they are those of the training
-                settings.save(run_folder / "settings.json")
+            elif not holds_training(run_folder):  # else they are those of the training
+                settings.save(run_folder / SETTINGS_FILE)
             write_results(settings, results, run_folder)
     return results
 
@@ -129,7 +121,7 @@ def write_results(settings: Settings, results: dict[str, Any], run_folder: Path)
         results: what metrics.json is to hold.
         run_folder: where to write.
     """
-    write_json(run_folder / "metrics.json", results)
+    write_json(run_folder / RESULTS_FILE, results)
     write_run_report(run_folder, {settings.variant: run_folder}, settings.cosyvoice_model_dir, run_folder.name)
     print(summary(results, run_folder))
 
@@ -184,7 +176,7 @@ def train(
     def draw(history: list[dict[str, Any]]) -> None:
         plot_losses(loss_curve_path, history, model.eos + 1, f"{run_folder.name} ({settings.variant})")
 
-    board = TrainBoard(run_folder / "tensorboard", run_folder / "metrics.jsonl") if settings.tensorboard else None
+    board = TrainBoard(run_folder / "tensorboard", run_folder / STEPS_FILE) if settings.tensorboard else None
 
     def show_epoch(history: list[dict[str, Any]]) -> None:  # called in the main process only
         print(epoch_line(history[-1]), flush=True)
@@ -207,11 +199,9 @@ def train(
             if trainer.progress.history:  # it may have been stopped before the first one
                 draw(trainer.progress.history)
     elif accelerator.is_main_process:
-        for old_path in (trainer.last_path, trainer.best_path):
-            for file in (old_path, old_path.with_suffix(".json")):
-                file.unlink(missing_ok=True)
+        forget_training(run_folder)
     if accelerator.is_main_process:
-        settings.save(run_folder / "settings.json")
+        settings.save(run_folder / SETTINGS_FILE)
         if warning := disk_warning(trainer.last_path, trainer.best_path, model):
             print(warning, flush=True)
     checkpoint = None  # gigabytes, of which model and optimizer have their own copies
@@ -228,7 +218,7 @@ def train(
         if board:
             board.close()
     assert progress.best_epoch is not None  # the one before the first step counts
-    model.load_learned_state(load_checkpoint(trainer.best_path).weights)
+    load_learned_state(model, load_checkpoint(trainer.best_path).weights)
     return {
         "checkpoint": str(trainer.best_path),
         **origin,

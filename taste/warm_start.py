@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from cosyvoice.utils.state_difference import StateDifference, state_difference
 from taste.checkpoint import load_checkpoint, weights_fingerprint
-from taste.model import PRETRAINED_PART, VARIANTS, CosyVoiceS3Model, is_pretrained, lies_in
+from taste.learned_state import learned_state, load_learned_state
+from taste.model import CosyVoiceS3Model
+from taste.run_files import best_checkpoint
+from taste.variants import PRETRAINED_PART, VARIANTS, is_pretrained, lies_in, part_of
 
 
 def find_start(init_from: str, exp_dir: Path) -> Path:
@@ -20,8 +24,7 @@ def find_start(init_from: str, exp_dir: Path) -> Path:
     Raises:
         FileNotFoundError: there is none (the message says where it was looked for).
     """
-    best = Path("checkpoints") / "best.pt"
-    places = [Path(init_from), Path(init_from) / best, exp_dir / init_from / best]
+    places = [Path(init_from), best_checkpoint(Path(init_from)), best_checkpoint(exp_dir / init_from)]
     for place in places:
         if place.is_file():
             return place
@@ -55,23 +58,16 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
     """
     checkpoint = load_checkpoint(path)
     weights, own = checkpoint.weights, model.state_dict()
-    own_parts, their_parts = set(map(_part, own)), set(map(_part, weights))
+    own_parts, their_parts = set(map(part_of, own)), set(map(part_of, weights))
     new_parts = sorted(own_parts - their_parts - {PRETRAINED_PART})
     problems = [f"only in the checkpoint: {part}" for part in sorted(their_parts - own_parts)]
-    problems += [
-        f"only in the checkpoint: {name}" for name in sorted(weights.keys() - own.keys()) if _part(name) in own_parts
-    ]
-    problems += [
-        f"only in this model: {name}"
-        for name in sorted(own.keys() - weights.keys())
-        if _part(name) not in (PRETRAINED_PART, *new_parts)
-    ]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, this model has {list(own[name].shape)}"
-        for name in sorted(own.keys() & weights.keys())
-        if own[name].shape != weights[name].shape
-    ]
-    left_to_folder = {name: own[name] for name in own.keys() - weights.keys() if is_pretrained(name)}
+    difference = state_difference(own, weights)
+    problems += StateDifference(
+        missing=sorted(name for name in difference.missing if part_of(name) not in (PRETRAINED_PART, *new_parts)),
+        unexpected=sorted(name for name in difference.unexpected if part_of(name) in own_parts),
+        reshaped=sorted(difference.reshaped),
+    ).phrases("only in this model: {}", "only in the checkpoint: {}", "{} is {}, this model has {}")
+    left_to_folder = {name: own[name] for name in difference.missing if is_pretrained(name)}
     then, now = checkpoint.notes["frozen_weights"], weights_fingerprint(left_to_folder)
     if not problems and then != now:
         problems.append(f"the weights that it left to its model folder: {then} then, {now} in this folder")
@@ -82,7 +78,7 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
             + "\nName a run with the same COSYVOICE_MODEL_DIR and features (see the .json beside its checkpoint)."
         )
     taken = {name: value for name, value in weights.items() if not lies_in(name, model.idle_parts)}
-    model.load_learned_state(model.learned_state() | taken)
+    load_learned_state(model, learned_state(model) | taken)
     notes = checkpoint.notes
     return {
         "checkpoint": str(path),
@@ -93,8 +89,3 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
         "new_parts": new_parts,
         "pretrained": notes.get("pretrained"),
     }
-
-
-def _part(name: str) -> str:
-    """The submodule that a weight belongs to."""
-    return name.partition(".")[0]

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.provenance import DIGEST_DIGITS, changed_models, digest
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ, WHISPER_FRAMES_PER_SECOND
+from cosyvoice.utils.state_difference import state_difference
 from taste.transformers_folder import read_model_config, weight_files
 
 if TYPE_CHECKING:
@@ -18,9 +21,7 @@ if TYPE_CHECKING:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersEncoder
 
 # B batch   N samples, 16 kHz   A Whisper frames, 50 Hz   D channels
-SAMPLE_RATE_HZ = 16_000
-SAMPLES_PER_FRAME = 320
-FRAMES_PER_SECOND = SAMPLE_RATE_HZ // SAMPLES_PER_FRAME
+SAMPLES_PER_FRAME = SPEECH_SAMPLE_RATE_HZ // WHISPER_FRAMES_PER_SECOND
 KEY_PREFIXES = ("model.encoder.", "encoder.")  # of a whole Whisper with its output layer, and without
 SHOWN_KEYS = 5
 
@@ -68,7 +69,7 @@ class WhisperEncoder:
         self.mid_layer = mid_layer
         self.width: int = config.d_model
         self.max_frames: int = config.max_source_positions
-        self.window_seconds = self.max_frames / FRAMES_PER_SECOND
+        self.window_seconds = self.max_frames / WHISPER_FRAMES_PER_SECOND
         weights, self.digest = _read_encoder_weights(folder, self.device, dtype)
         self.module = _build_encoder(folder, config, weights)
         self._mel_bins: int = config.num_mel_bins
@@ -158,16 +159,10 @@ def _build_encoder(folder: Path, config: "WhisperConfig", weights: dict[str, Ten
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         encoder = TransformersEncoder(config)
-    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in expected]
-    problems += [
-        f"{name} has the shape {list(tensor.shape)}, expected {list(expected[name])}"
-        for name, tensor in weights.items()
-        if name in expected and tensor.shape != expected[name]
-    ]
+    difference = state_difference(encoder.state_dict(), weights)
+    problems = difference.phrases(reshaped="{} has the shape {}, expected {}")
     if problems:
-        shown = "; ".join(problems[:SHOWN_KEYS]) + ("; ..." if len(problems) > SHOWN_KEYS else "")
+        shown = abridge(problems, SHOWN_KEYS, "; ")
         raise ValueError(f"the weights in {folder} do not fit its config.json, {len(problems)} keys: {shown}")
     encoder.load_state_dict(weights, assign=True)
     return encoder.eval().requires_grad_(False)

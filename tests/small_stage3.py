@@ -8,12 +8,14 @@ import torch
 
 from benchmarks.lm_models import build_language_model
 from cosyvoice.utils.model_dir import ModelSizes
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Batch, Example, collate
 from taste.build import TasteSizes, taste_parts
-from taste.data import FeaturePaths, UtteranceDataset, open_dataset
+from taste.data import UtteranceDataset, open_dataset
 from taste.fitted_taste import start_quantizer
 from taste.model import CosyVoiceS3Model
+from taste.split_features import FeaturePaths
 
 GOLDEN_LLM = Path(__file__).parent / "golden" / "small_llm.pt"
 SIZES = ModelSizes(
@@ -29,7 +31,6 @@ TASTE_SIZES = TasteSizes(
     codebook_size=8,
     codebook_dim=12,
 )
-FRAMES_PER_SECOND = 50
 
 
 def small_model(
@@ -99,7 +100,7 @@ def write_features(folder: Path, split: str, examples: Sequence[Example], speake
         example.utt_id: {
             "text": "some words",
             "spk_embedding": example.speaker,
-            "duration_s": len(example.units) / FRAMES_PER_SECOND,
+            "duration_s": len(example.units) / S3_UNITS_PER_SECOND,
             "text_token": example.text_tokens,
             "word_id": example.word_ids,
         }

@@ -13,17 +13,13 @@ import torch
 
 import setup_cosyvoice
 from cosyvoice.utils.settings import parse_settings
-from taste.asr import (
-    Pocketsphinx,
-    WhisperRecogniser,
-    Word,
-    find_recogniser,
-    normalise,
-    timed_words,
-    whisper_lacks,
-)
+from taste.asr import find_recogniser
 from taste.audio import read_audio
 from taste.manifest import read_manifest
+from taste.pocketsphinx_recogniser import Pocketsphinx
+from taste.text_normalisation import normalise
+from taste.whisper_recogniser import WhisperRecogniser, whisper_lacks
+from taste.word_timing import Word, timed_words
 from tests.small_whisper import write_small_whisper, write_writing_whisper
 
 ROOT = Path(__file__).parents[1]

@@ -56,7 +56,7 @@ def test_ones_own_whisper_features_are_not_read(tmp_path, control):
     dataset = small_dataset(tmp_path, "test", LENGTHS)
     silence = torch.zeros(31, SPEECH_WIDTH)
     wrong = OtherRecording(dataset) if control == "shuffled" else Silence(dataset, silence, silence)
-    expected, speech = wrong[0], dataset.features.speech._values
+    expected, speech = wrong[0], dataset.features.speech
     speech["utt-00"] = {name: Unread(features) for name, features in speech["utt-00"].items()}
     for one, other in zip(expected, wrong[0], strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -11,17 +11,11 @@ import pytest
 import torch
 
 from cosyvoice.utils.output_lock import OutputBusyError
-from taste import feature_store
+from taste import feature_writer
 from taste.background_flush import BackgroundFlush
-from taste.feature_store import (
-    FeatureFileError,
-    FeatureWriteError,
-    FeatureWriter,
-    chunk_folder,
-    open_features,
-    open_units,
-    stored_bytes,
-)
+from taste.feature_files import chunk_folder, stored_bytes
+from taste.feature_reader import FeatureFileError, load_file, open_features, open_units
+from taste.feature_writer import FeatureWriteError, FeatureWriter
 
 # A Whisper frames, 50 Hz   D channels
 REPOSITORY = Path(__file__).parent.parent
@@ -135,7 +129,7 @@ def test_to_resume_no_more_is_in_memory_than_the_values_of_a_file(tmp_path: Path
             writer.flush()
     tracemalloc.start()
     try:
-        dict(feature_store._load(chunk_folder(path) / "000000.pt"))
+        load_file(chunk_folder(path) / "000000.pt")
         _, most_of_one = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         with FeatureWriter(path) as writer:
@@ -152,8 +146,8 @@ class _HeldSave:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.released = threading.Semaphore(0), threading.Semaphore(0)
         self.written: list[str] = []
-        self._save = feature_store._save
-        monkeypatch.setattr(feature_store, "_save", self)
+        self._save = feature_writer._save
+        monkeypatch.setattr(feature_writer, "_save", self)
 
     def __call__(self, path: Path, content: dict[str, object]) -> None:
         self.begun.release()
@@ -216,7 +210,7 @@ def test_what_could_not_be_written_meanwhile_is_told_and_kept(
                 add(0)
                 background.start()
                 background.wait()
-                full_disk.setattr(feature_store, "_save", fail)
+                full_disk.setattr(feature_writer, "_save", fail)
                 add(1)
                 background.start()
                 add(2)
@@ -441,7 +435,7 @@ def test_a_merge_that_does_not_fit_keeps_the_chunks(tmp_path: Path) -> None:
     _write(path, range(9), "chunks")
     script = f"""
 import resource
-from taste.feature_store import FeatureWriteError, FeatureWriter
+from taste.feature_writer import FeatureWriteError, FeatureWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     FeatureWriter({str(path)!r}, nested=True).finish("single")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cosyvoice.utils.common import IGNORE_ID
 from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Batch, collate
+from taste.learned_state import learned_state, load_learned_state
 from taste.model import CosyVoiceS3Model
 from tests.small_stage3 import SIZES, SPEECH_WIDTH, random_batch, random_examples, small_model
 
@@ -119,7 +120,7 @@ def test_a_sequence_of_a_length_that_a_gpu_likes_gives_the_same(variant, batch, 
     model, lengths = small_model(variant), []
     model.llm.llm.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     expected, scores = model.predict(batch), model(batch)
-    monkeypatch.setattr("taste.model.LENGTH_MULTIPLES", {"cpu": 16})
+    monkeypatch.setattr("taste.unit_sequence.LENGTH_MULTIPLES", {"cpu": 16})
     for all_rows, padded in zip((expected, *scores), (model.predict(batch), *model(batch)), strict=True):
         torch.testing.assert_close(padded, all_rows, rtol=1e-5, atol=1e-5)
     alone = [model.predict(collate([example]))[0] for example in random_examples(LENGTHS)]
@@ -215,7 +216,7 @@ def test_exactly_the_learning_parts_get_gradients_and_leave_eval_mode(variant, o
         expected = any(name.startswith(f"{part}.") for part in learning)
         assert (parameter.grad is not None) == expected, name
         assert parameter.requires_grad == expected, name
-        assert any(name == key for key in model.learned_state()) == expected, name
+        assert any(name == key for key in learned_state(model)) == expected, name
     for name, part in model.named_modules():
         learns = any(f"{name}.".startswith(f"{root}.") for root in learning)
         if learns or (name.startswith("llm.") and (isinstance(part, torch.nn.Dropout) or list(part.parameters()))):
@@ -242,18 +243,18 @@ def test_learned_weights_alone_bring_a_model_back(batch):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     assert not torch.equal(fresh(batch).loss_sums, trained(batch).loss_sums)
-    fresh.load_learned_state(trained.learned_state())
+    load_learned_state(fresh, learned_state(trained))
     assert torch.equal(fresh(batch).loss_sums, trained(batch).loss_sums)
-    assert not any(name.startswith("llm.") for name in trained.learned_state())
+    assert not any(name.startswith("llm.") for name in learned_state(trained))
 
 
 def test_weights_of_another_model_are_refused_with_all_differences():
-    state = small_model("simple", freeze_llm=True).learned_state()
+    state = learned_state(small_model("simple", freeze_llm=True))
     state["input_proj.bias"] = torch.zeros(5)
     state["no_such.weight"] = torch.zeros(1)
     del state["text_norm.weight"]
     with pytest.raises(ValueError) as caught:
-        small_model("simple", freeze_llm=True).load_learned_state(state)
+        load_learned_state(small_model("simple", freeze_llm=True), state)
     for part in ("missing: text_norm.weight", "unknown: no_such.weight", "input_proj.bias is [5]", "has [32]"):
         assert part in str(caught.value)
 

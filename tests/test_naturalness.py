@@ -10,7 +10,7 @@ from utmos_pytorch.utmos_torch import UTMOSModel, UTMOSScoreTorch
 
 from taste.asr import Found
 from taste.naturalness import WEIGHTS_FILE, Utmos, find_utmos
-from taste.sound_metrics import UtteranceSounds, evaluate_sounds
+from taste.sound_evaluation import UtteranceSounds, evaluate_sounds
 
 RATE_HZ = 22_050
 

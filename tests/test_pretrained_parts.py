@@ -7,9 +7,9 @@ import torch
 import model_code
 from taste.build import build_model
 from taste.checkpoint import load_checkpoint
-from taste.model import VARIANTS
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
 from taste.size_defaults import SMALL
+from taste.variants import VARIANTS
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SPEECH_WIDTH, TASTE_SIZES, random_batch, random_examples, small_model, write_features
 

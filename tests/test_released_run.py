@@ -17,7 +17,7 @@ from taste.batch import collate
 from taste.data import UtteranceDataset, open_dataset
 from taste.official import load_taste_checkpoint, tokenize
 from taste.released_data import ReleasedDataset
-from taste.scoring import Totals
+from taste.scores import Totals
 from taste.tokenizer import TasteTokenizer
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features

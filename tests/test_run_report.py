@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from cosyvoice.utils.file_utils import write_wav
-from taste.asr import Found, Word
+from taste.asr import Found
 from taste.audio import read_audio
 from taste.run_report import language_of, measure_run, measures_of, note_shown, word_times, write_run_report
+from taste.word_timing import Word
 
 ROOT = Path(__file__).parents[1]
 MODEL_DIR = ROOT / "CosyVoice-tiny"

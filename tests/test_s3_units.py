@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.file_utils import write_wav
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from taste.audio import AudioError
 from taste.manifest import read_manifest
 from taste.s3_units import (
-    SAMPLE_RATE_HZ,
     UnitExtractor,
     count_units,
     load_s3_tokenizer,
@@ -40,7 +40,7 @@ def recordings() -> list[Tensor]:
 
 def joined(recordings: list[Tensor], seconds: float) -> Tensor:
     """One long recording out of several short ones."""
-    num_samples = round(seconds * SAMPLE_RATE_HZ)
+    num_samples = round(seconds * SPEECH_SAMPLE_RATE_HZ)
     speech = torch.cat(recordings)
     return speech.repeat(num_samples // len(speech) + 1)[:num_samples]
 
@@ -107,7 +107,7 @@ def test_sizes_of_the_model_come_from_the_file() -> None:
 
 
 def test_a_recording_shorter_than_one_unit_is_refused(tmp_path: Path) -> None:
-    write_wav(tmp_path / "click.wav", torch.full((159,), 0.5), SAMPLE_RATE_HZ)
+    write_wav(tmp_path / "click.wav", torch.full((159,), 0.5), SPEECH_SAMPLE_RATE_HZ)
     with pytest.raises(AudioError, match="159 samples at 16 kHz are too few; expected 160"):
         read_recording(tmp_path / "click.wav")
 

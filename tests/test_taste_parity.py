@@ -13,12 +13,13 @@ from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.utils.common import IGNORE_ID, th_accuracy
 from taste.batch import Batch
 from taste.fusion import Concat, WeightedSum
-from taste.model import PARTS, CosyVoiceS3Model
+from taste.model import CosyVoiceS3Model
 from taste.official import OfficialTaste, build_official
 from taste.official_names import rename, rename_stage1
 from taste.official_preset import AGGREGATOR_OPTIONS, QUANTIZER_OPTIONS, build_whisper
 from taste.quantizer import NO_CODE, WordQuantizer
 from taste.taste_aggregator import TasteAggregator
+from taste.variants import PARTS
 from taste.words import word_mean
 
 ATOL, RTOL = 2e-5, 1e-5

@@ -20,9 +20,10 @@ from cosyvoice.utils.model_dir import load_part
 from cosyvoice.utils.settings import parse_settings
 from taste.batch import Example, collate
 from taste.build import TasteSizes, build_model, build_together
-from taste.data import FeaturePaths, open_dataset
-from taste.model import VARIANTS
+from taste.data import open_dataset
 from taste.pretrained_parts import take_parts
+from taste.split_features import FeaturePaths
+from taste.variants import VARIANTS
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, small_model, write_features
 

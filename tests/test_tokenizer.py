@@ -7,16 +7,17 @@ import torch
 
 import model_code
 from cosyvoice.utils.file_utils import write_wav
-from taste.asr import WhisperRecogniser
 from taste.audio import read_audio
 from taste.build import TasteSizes, build_model
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.code_files import read_codes, write_codes
 from taste.fitted_taste import start_quantizer
 from taste.generation import Sampling, generate
+from taste.learned_state import learned_state
 from taste.text import tokenize
 from taste.tokenizer import OtherModelError, SpeechCodes, TasteTokenizer
 from taste.whisper_encoder import WhisperEncoder
+from taste.whisper_recogniser import WhisperRecogniser
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import TASTE_SIZES, random_examples
 from tests.small_whisper import WIDTH, write_small_whisper, write_writing_whisper
@@ -56,10 +57,10 @@ class Workplace:
         notes = {
             "settings": noted,
             "use_speaker": True,
-            "frozen_weights": frozen_fingerprint(model, model.learned_state()),
+            "frozen_weights": frozen_fingerprint(model, learned_state(model)),
             "features_made_with": {"whisper": whisper.digest, "mid_layer": MID_LAYER, "speaker_model": "x"},
         }
-        save_checkpoint(path, Checkpoint(model.learned_state(), None, notes))
+        save_checkpoint(path, Checkpoint(learned_state(model), None, notes))
         return path
 
     def open(self, **changes) -> TasteTokenizer:

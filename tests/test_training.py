@@ -13,21 +13,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.batch import Batch
 from taste.checkpoint import Checkpoint, code_commit, disk_warning, load_checkpoint, save_checkpoint
 from taste.data import UtteranceDataset
+from taste.learned_state import learned_state, load_learned_state
 from taste.model import CosyVoiceS3Model
-from taste.scoring import Totals, evaluate
+from taste.optimizer import share_of_peak
+from taste.scores import Totals
+from taste.scoring import evaluate
 from taste.train_state import Progress, StepRecord
-from taste.training import (
-    MOST_SKIPPED_STEPS,
-    NonFiniteLossError,
-    RunStopped,
-    Trainer,
-    TrainingConfig,
-    parameter_groups,
-    share_of_peak,
-)
+from taste.training import MOST_SKIPPED_STEPS, Trainer
+from taste.training_config import TrainingConfig
 from tests.small_stage3 import small_dataset, small_model
 
 CONFIG = TrainingConfig(
@@ -126,7 +123,7 @@ def test_five_steps_and_five_more_are_ten_steps_to_the_bit(tmp_path, sets):
     more.resume(load_checkpoint(more.last_path))
     more.fit()
     assert more.progress.step == ten.progress.step == 10
-    assert_same(ten.model.learned_state(), more.model.learned_state())
+    assert_same(learned_state(ten.model), learned_state(more.model))
 
 
 def test_a_checkpoint_within_an_epoch_is_as_good(tmp_path, sets):
@@ -148,7 +145,7 @@ def test_a_checkpoint_within_an_epoch_is_as_good(tmp_path, sets):
     going_on.resume(load_checkpoint(going_on.last_path))
     assert going_on.progress.step == 3
     going_on.fit()
-    assert_same(whole.model.learned_state(), going_on.model.learned_state())
+    assert_same(learned_state(whole.model), learned_state(going_on.model))
     assert records(tmp_path / "whole") == records(tmp_path / "killed")
 
 
@@ -179,7 +176,7 @@ def test_accumulated_batches_make_the_step_of_one_big_batch(tmp_path, sets, batc
 def test_a_step_lets_go_of_each_batch_once_it_is_done(tmp_path, sets):
     trainer = make_trainer(tmp_path, sets, num_epochs=1, accumulation_steps=5)
     loaded, alive = [], []
-    forward, add_up = trainer.wrapped_model.forward, trainer._add_up_gradients
+    forward, add_up = trainer.wrapped_model.forward, trainer.gradients._add_up_whole
 
     def counted(batch):
         alive.append(sum(reference() is not None for reference in loaded))
@@ -189,7 +186,7 @@ def test_a_step_lets_go_of_each_batch_once_it_is_done(tmp_path, sets):
         loaded.extend(map(weakref.ref, batches))
         return add_up(batches)
 
-    trainer.wrapped_model.forward, trainer._add_up_gradients = counted, watched
+    trainer.wrapped_model.forward, trainer.gradients._add_up_whole = counted, watched
     trainer._train_epoch()
     assert alive == [5, 4, 3, 2, 1]
 
@@ -275,7 +272,7 @@ def test_a_frozen_text_only_model_cannot_be_trained(tmp_path, sets):
 
 def spoil(dataset: UtteranceDataset, numbers: Sequence[int]) -> None:
     """Leave no number in the text features of some utterances."""
-    texts = dataset.features.text._values
+    texts = dataset.features.text
     for number in numbers:
         texts[f"utt-{number:02d}"] = torch.full_like(texts[f"utt-{number:02d}"], math.nan)
 
@@ -326,7 +323,7 @@ def test_many_steps_in_a_row_that_come_to_no_number_end_the_run(tmp_path, sets, 
     trainer = make_trainer(tmp_path, sets, batch_size=1)
     if steps_before_a_stop:
         trainer.resume(load_checkpoint(trainer.last_path))
-    start = {name: value.clone() for name, value in trainer.model.learned_state().items()}
+    start = {name: value.clone() for name, value in learned_state(trainer.model).items()}
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.fit()
     lines = [entry for entry in records(tmp_path) if entry["kind"] == "skipped"]
@@ -334,7 +331,7 @@ def test_many_steps_in_a_row_that_come_to_no_number_end_the_run(tmp_path, sets, 
     told = str(caught.value)
     assert "step 5 is the last of 5 in a row" in told and lines[-1]["utterances"][0] in told
     assert f"--init-from {trainer.best_path} --run-name" in told
-    assert_same(start, trainer.model.learned_state())
+    assert_same(start, learned_state(trainer.model))
 
 
 def test_a_gradient_that_is_no_number_is_left_out_too_with_all_utterances_of_its_step(tmp_path, sets):
@@ -400,8 +397,8 @@ def test_nothing_is_left_of_an_attempt_that_did_not_fit(tmp_path, sets):
             let_memory_end(trainer, rows=1, fits=2)
         else:
             step = [[number] for batch in step for number in batch]
-        trainer._train_step([trainer._load(batch) for batch in step], step)
-        weights.append(trainer.model.learned_state())
+        trainer._train_step([trainer.gradients.load(batch) for batch in step], step)
+        weights.append(learned_state(trainer.model))
     assert_same(*weights)
 
 
@@ -430,7 +427,7 @@ def test_trying_the_memory_before_the_first_step_changes_nothing(tmp_path, sets,
     assert all(parameter.grad is None for parameter in tried.model.parameters()) and not tried.optimizer.state
     tried.wrapped_model.forward = forward
     tried.fit()
-    assert_same(plain.model.learned_state(), tried.model.learned_state())
+    assert_same(learned_state(plain.model), learned_state(tried.model))
     assert_same(plain.optimizer.state_dict()["state"], tried.optimizer.state_dict()["state"])
     assert records(tmp_path / "plain") == records(tmp_path / "tried")
 
@@ -452,7 +449,7 @@ def test_minutes_without_a_checkpoint_are_few(tmp_path, sets):
     assert within and len(within) < 8  # now and then, not at each step
     going_on = make_trainer(tmp_path / "timed", sets)
     going_on.resume(load_checkpoint(timed.last_path))
-    assert_same(whole.model.learned_state(), timed.model.learned_state())
+    assert_same(learned_state(whole.model), learned_state(timed.model))
     assert records(tmp_path / "whole") == records(tmp_path / "timed")
 
 
@@ -491,33 +488,11 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path, sets):
     assert losses[progress.best_epoch] == min(losses) < losses[-1]
     best = load_checkpoint(trainer.best_path)
     assert best.optimizer is None
-    trainer.model.load_learned_state(best.weights)
+    load_learned_state(trainer.model, best.weights)
     again = evaluate(trainer.model, sets[1], 2, Accelerator(cpu=True)).averages()
     assert again["loss"] == pytest.approx(min(losses), rel=1e-6)
     with pytest.raises(ValueError, match="weights only"):
         trainer.resume(best)
-
-
-def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
-    rates = [share_of_peak(step, 104, warmup_steps=4) for step in range(105)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0
-    assert rates[54] == pytest.approx((1 + 0.05) / 2)
-    assert rates[104] == pytest.approx(0.05)
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
-
-
-def test_pretrained_and_new_parts_have_learning_rates_of_their_own():
-    config = dataclasses.replace(CONFIG, lr=1e-4, new_modules_lr=1e-2)
-    model = small_model()
-    groups = parameter_groups(model, config)
-    peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(peaks) == len(learning) == sum(len(group["params"]) for group in groups)
-    for name, parameter in learning.items():
-        assert peaks[id(parameter)] == (1e-4 if name.startswith("llm.") else 1e-2), name
-    assert {group["peak_lr"] for group in parameter_groups(small_model("text_only"), config)} == {1e-4}
-    assert {group["peak_lr"] for group in parameter_groups(small_model(freeze_llm=True), config)} == {1e-2}
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_targets(tmp_path, sets):

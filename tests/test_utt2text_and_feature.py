@@ -20,7 +20,9 @@ from sounds import write_manifest, write_recording
 
 import utt2text_and_feature
 from cosyvoice.utils.model_dir import get_tokenizer, text_embedding_table
-from taste.feature_store import FeatureWriter, chunk_folder, open_features
+from taste.feature_files import chunk_folder
+from taste.feature_reader import open_features
+from taste.feature_writer import FeatureWriter
 from taste.manifest import read_manifest
 from taste.whisper_encoder import WhisperEncoder
 

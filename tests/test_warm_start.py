@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
+from taste.learned_state import learned_state, load_learned_state
 from taste.model import CosyVoiceS3Model
 from taste.warm_start import find_start, start_from
 from tests.small_stage3 import random_batch, small_model
@@ -25,7 +26,7 @@ def trained(model: CosyVoiceS3Model, seed: int = 5) -> CosyVoiceS3Model:
 
 def saved(path: Path, model: CosyVoiceS3Model) -> Path:
     """A checkpoint as a run writes it."""
-    learned = model.learned_state()
+    learned = learned_state(model)
     notes = {
         "settings": {"variant": model.variant},
         "progress": {"epoch": 3},
@@ -101,7 +102,7 @@ def test_a_language_model_that_another_run_trained_can_be_frozen_and_its_weights
     start_from(model, saved(tmp_path / "best.pt", trained(small_model("text_only"))))
     trained(model, seed=6)
     again = small_model("simple", freeze_llm=True)
-    again.load_learned_state(model.learned_state())
+    load_learned_state(again, learned_state(model))
     assert torch.equal(again(BATCH).loss_sums, model(BATCH).loss_sums)
     third = small_model("simple", freeze_llm=True)  # and a third run can start from it
     start_from(third, saved(tmp_path / "second.pt", again))

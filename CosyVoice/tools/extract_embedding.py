@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.interrupt import SOME_FAILED_EXIT_CODE
 from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from cosyvoice.utils.settings import Settings, pick_device, run_script
 from taste.audio import read_audio
 from taste.extraction import Work, extract
-from taste.feature_store import open_features
+from taste.feature_reader import open_features
 from taste.manifest import ManifestError
 from taste.recordings import Recording, list_recordings
 from taste.speaker import SpeakerEncoder
@@ -40,7 +41,6 @@ MANIFEST = None  # str: .jsonl manifest, in place of --dir
 OUTPUT = None  # str: file to write, with --manifest
 DEVICE = "cpu"  # cpu, auto, cuda, cuda:1: where onnxruntime runs the model
 
-_SAMPLE_RATE_HZ = 16_000
 _RECORDINGS_A_STEP = 64  # between two looks at the signals
 
 
@@ -81,7 +81,7 @@ def run(settings: Settings) -> int:
     encoder = SpeakerEncoder(settings.onnx_path, pick_device(settings.device))
 
     def embed(path: Path) -> list[float]:
-        return encoder.embed(read_audio(path, _SAMPLE_RATE_HZ).waveform).tolist()
+        return encoder.embed(read_audio(path, SPEECH_SAMPLE_RATE_HZ).waveform).tolist()
 
     outcome = extract(
         recordings,

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.model_dir import read_weights
 from cosyvoice.utils.settings import Settings, run_script
+from cosyvoice.utils.state_difference import state_difference
 from cosyvoice.utils.tensor_file import save_tensors
 
 DST_MODEL = None  # str: .pt file to write
@@ -139,11 +140,7 @@ def average(paths: Sequence[Path]) -> dict[str, Tensor]:
     sums = {name: value.float() for name, value in first.items() if value.is_floating_point()}
     for path in paths[1:]:
         weights = read_weights(path)
-        differing = sorted(
-            name
-            for name in first.keys() | weights.keys()
-            if name not in first or name not in weights or first[name].shape != weights[name].shape
-        )
+        differing = state_difference(first, weights).names
         if differing:
             raise ValueError(
                 f"{path} and {paths[0]} are of two models: {len(differing)} weights differ in name or shape, "

@@ -30,10 +30,10 @@ from cosyvoice.utils.frontend_utils import (
 )
 from cosyvoice.utils.model_dir import read_torch_file
 from cosyvoice.utils.onnx_session import OnnxSession
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 
 logger = logging.getLogger(__name__)
 
-ENCODER_SAMPLE_RATE_HZ = 16_000  # what the S3 tokenizer and the speaker encoder hear
 WHISPER_MEL_BINS = 128
 MAX_PROMPT_SECONDS = 30  # the S3 tokenizer was trained on windows of this length
 MIN_PROMPT_SECONDS = 0.05  # two frames of the speaker encoder's 25 ms window
@@ -173,8 +173,8 @@ class CosyVoiceFrontEnd:
 
     def _extract_speech_token(self, prompt_wav: str | Path | Tensor) -> tuple[Tensor, Tensor]:
         """Compute a recording's S3 tokens: [1, S] and their number [1], both int32."""
-        waveform = self._waveform(prompt_wav, ENCODER_SAMPLE_RATE_HZ)
-        seconds = waveform.shape[1] / ENCODER_SAMPLE_RATE_HZ
+        waveform = self._waveform(prompt_wav, SPEECH_SAMPLE_RATE_HZ)
+        seconds = waveform.shape[1] / SPEECH_SAMPLE_RATE_HZ
         if seconds > MAX_PROMPT_SECONDS:
             raise ValueError(
                 f"{_name(prompt_wav)} has {seconds:.1f} s; S3 tokens are for {MAX_PROMPT_SECONDS} s at most"
@@ -185,7 +185,7 @@ class CosyVoiceFrontEnd:
 
     def _extract_spk_embedding(self, prompt_wav: str | Path | Tensor) -> Tensor:
         """Compute a recording's speaker vector, [1, 192], float32."""
-        fbank = speaker_fbank(self._waveform(prompt_wav, ENCODER_SAMPLE_RATE_HZ)[0])
+        fbank = speaker_fbank(self._waveform(prompt_wav, SPEECH_SAMPLE_RATE_HZ)[0])
         vector = self.campplus_session.run(fbank.unsqueeze(0).cpu().numpy())
         return torch.from_numpy(vector).reshape(1, -1).to(self.device)
 
@@ -206,7 +206,7 @@ class CosyVoiceFrontEnd:
             waveform = prompt_wav.detach().to("cpu", torch.float32)
             if waveform.dim() != 2 or waveform.shape[0] != 1:
                 raise ValueError(f"a prompt's waveform must be [1, N] at 16 kHz; got {list(prompt_wav.shape)}")
-            waveform = torchaudio.functional.resample(waveform, ENCODER_SAMPLE_RATE_HZ, sample_rate_hz)
+            waveform = torchaudio.functional.resample(waveform, SPEECH_SAMPLE_RATE_HZ, sample_rate_hz)
         else:
             waveform = load_wav(prompt_wav, sample_rate_hz)
         if waveform.shape[1] < MIN_PROMPT_SECONDS * sample_rate_hz:

@@ -39,6 +39,7 @@ from cosyvoice.dataset.sample import (
     utterance_error,
 )
 from cosyvoice.utils.audio import resampling_rates
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,6 @@ REQUIRED_COLUMNS = ("utt", "audio_data", "text", "utt_embedding", "spk_embedding
 ROWS_AT_ONCE = 64
 LENGTH_UNITS_PER_SECOND = 100  # max_length and min_length count 10 ms
 S3_CODES = 4096
-S3_TOKENS_PER_SECOND = 50
 TOKEN_SLACK_SECONDS = 0.1  # tokens and sound may differ by this much, and by TOKEN_SLACK_SHARE of the sound
 TOKEN_SLACK_SHARE = 0.02
 MOST_MISTAKEN, MOST_MISTAKEN_SHARE = 10, 0.1  # of a shard (each epoch judges alike); more than both is no accident
@@ -200,7 +200,7 @@ def frames_of_tokens(
     Raises:
         DataError: speech tokens are out of range, or over 10, and over half, of a shard have none.
     """
-    frames_per_token = sample_rate / hop_size / S3_TOKENS_PER_SECOND
+    frames_per_token = sample_rate / hop_size / S3_UNITS_PER_SECOND
     for sample in _with_speech_tokens(data, S3_CODES, Counter() if dropped is None else dropped):
         del sample["audio_data"]
         sample["speech_feat"] = torch.empty(round(len(sample["speech_token"]) * frames_per_token), 0)
@@ -376,7 +376,7 @@ def _with_tokens_of_its_length(data: Iterable[Sample], dropped: Counter[str]) ->
 def _mistaken_duration(sample: Sample) -> DataError | None:
     """What is wrong where speech tokens and sound differ in length."""
     sound_seconds = sample["speech"].size(1) / sample["sample_rate"]
-    token_seconds = len(sample["speech_token"]) / S3_TOKENS_PER_SECOND
+    token_seconds = len(sample["speech_token"]) / S3_UNITS_PER_SECOND
     if abs(sound_seconds - token_seconds) <= TOKEN_SLACK_SECONDS + TOKEN_SLACK_SHARE * sound_seconds:
         return None
     problem = (

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.flow.length_regulator import STREAM_OVERLAP_TOKENS, mel_frames_of_tokens
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 
-OVERLAP_FRAMES = mel_frames_of_tokens(STREAM_OVERLAP_TOKENS, 50)  # 34: mel frames two chunks of a stream share
+OVERLAP_FRAMES = mel_frames_of_tokens(STREAM_OVERLAP_TOKENS, S3_UNITS_PER_SECOND)  # 34: two chunks of a stream share
 DEFAULT_SIGMA_MIN = 1e-4  # Matcha-TTS's value where a configuration leaves it out
 
 

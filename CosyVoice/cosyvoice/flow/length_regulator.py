@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.utils.mask import make_pad_mask
+from cosyvoice.utils.rates import MEL_FRAMES_PER_SECOND
 
-MEL_FRAMES_PER_SECOND = 22_050 / 256  # sample rate over hop of the 300M models
 STREAM_OVERLAP_TOKENS = 20  # what consecutive chunks of a stream share (token_overlap_len in cosyvoice/cli/model.py)
 
 

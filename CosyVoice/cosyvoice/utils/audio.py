@@ -15,7 +15,8 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 from torchaudio.functional import melscale_fbanks
 
-SPEECH_SAMPLE_RATE_HZ = 16_000  # what Whisper, the S3 tokenizer and the speaker encoder hear
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
+
 WHISPER_FFT_SAMPLES = 400  # 25 ms
 WHISPER_HOP_SAMPLES = 160  # 10 ms
 WHISPER_DYNAMIC_RANGE = 8.0  # decades of power kept below the loudest bin

@@ -19,7 +19,6 @@ from cosyvoice.utils.tensor_file import save_tensors
 
 STATE_FILE = "state.pt"  # in model_dir/last
 NOTES_FILE = "state.json"  # the readable part of it
-SHOWN_KEYS = 8  # settings a message lists before it only counts
 
 
 def flat_settings(value: Any, name: str = "") -> dict[str, Any]:
@@ -66,19 +65,6 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
                 f"is {'not there' if is_now is absent else repr(is_now)}"
             )
     return lines
-
-
-def some(lines: list[str]) -> str:
-    """Join the first phrases of a list, and count the others.
-
-    Args:
-        lines: the phrases.
-
-    Returns:
-        one line.
-    """
-    rest = f"; and {len(lines) - SHOWN_KEYS} more" if len(lines) > SHOWN_KEYS else ""
-    return "; ".join(lines[:SHOWN_KEYS]) + rest
 
 
 def save_state(folder: Path, state: Mapping[str, Any], notes: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.atomic import atomic_path
 from cosyvoice.utils.checkpoint import (
     Ema,
@@ -21,7 +22,6 @@ from cosyvoice.utils.checkpoint import (
     random_states,
     restore_random_states,
     save_state,
-    some,
 )
 from cosyvoice.utils.common import set_all_random_seed
 from cosyvoice.utils.config import random_states_kept
@@ -38,7 +38,7 @@ Batch = dict[str, Any]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST_FOLDER = "last"
-SHOWN_UTTERANCES = 8
+SHOWN_SETTINGS, SHOWN_UTTERANCES = 8, 8  # that a message lists before it only counts
 MOST_SKIPPED_STEPS = 20  # in a row, before float16 is given up: the scale has been halved as often
 
 
@@ -191,16 +191,16 @@ class Executor:
         changed = differences(notes["model"], self.notes["model"])
         if changed:
             raise ValueError(
-                f"{source} was trained with another configuration: {some(changed)}. Put it back to go on, or choose "
-                "another --model_dir"
+                f"{source} was trained with another configuration: {abridge(changed, SHOWN_SETTINGS, '; ')}. Put it "
+                "back to go on, or choose another --model_dir"
             )
         progress = Progress(**notes["progress"])
         changed = differences(notes["order"], self.notes["order"])
         if changed and progress.batches:
             raise ValueError(
                 f"{source} stands after {progress.batches} batches of epoch {progress.epoch}, and their order has "
-                f"changed: {some(changed)}. Put it back until that epoch ends, or start from the latest epoch_N.pt "
-                "with --checkpoint and another --model_dir"
+                f"changed: {abridge(changed, SHOWN_SETTINGS, '; ')}. Put it back until that epoch ends, or start from "
+                "the latest epoch_N.pt with --checkpoint and another --model_dir"
             )
         self.model.load_state_dict(state["model"])
         for turn, optimizer, scaler in zip(self.turns, state["optimizers"], state["scalers"], strict=True):
@@ -231,7 +231,7 @@ class Executor:
         now = differences(flat_settings(notes["train_conf"]), flat_settings(self.notes["train_conf"]))
         self.log.say(
             f"resuming from {source}: epoch {progress.epoch}, {progress.batches} batches of it done, step "
-            f"{progress.step}" + (f". From here on: {some(now)}" if now else "")
+            f"{progress.step}" + (f". From here on: {abridge(now, SHOWN_SETTINGS, '; ')}" if now else "")
         )
 
     def fit(self) -> Outcome:
@@ -383,15 +383,13 @@ class Executor:
     def _not_finite(
         self, where: str, utts: list[str], loss: float, norm: float | None, turn: str | None
     ) -> NonFiniteLossError:
-        rest = f" and {len(utts) - SHOWN_UTTERANCES} more" if len(utts) > SHOWN_UTTERANCES else ""
-        shown = ", ".join(utts[:SHOWN_UTTERANCES]) + rest
         last = self.model_dir / LAST_FOLDER
         kept = f"{last} is from before" if last.exists() else "no checkpoint was written yet"
         return NonFiniteLossError(
             f"{where}{f', {turn} turn' if turn else ''}: the loss is {loss}"
             + ("" if norm is None else f", the norm of its gradient {norm}")
-            + f"; utterances: {shown}. Nothing of it was saved: {kept}. Look at the features of these utterances, "
-            "lower lr, raise warmup_steps, or use --dtype fp32"
+            + f"; utterances: {abridge(utts, SHOWN_UTTERANCES)}. Nothing of it was saved: {kept}. Look at the features "
+            "of these utterances, lower lr, raise warmup_steps, or use --dtype fp32"
         )
 
     def _after_step(self, count: int, save: bool) -> None:

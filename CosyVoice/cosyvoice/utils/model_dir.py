@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.config import Call, ConfigError, load_config, read_config
+from cosyvoice.utils.state_difference import state_difference
 
 if TYPE_CHECKING:
     from cosyvoice.flow.flow import MaskedDiffWithXvec
@@ -211,22 +213,14 @@ def load_state(module: nn.Module, weights: dict[str, Tensor], source: str | Path
     """
     expected = module.state_dict()
     weights = _with_weight_norm_names(weights, expected)
-    differences = [
-        _some("missing", [name for name in expected if name not in weights]),
-        _some("unexpected", [name for name in weights if name not in expected]),
-        _some(
-            "of another shape",
-            [
-                f"{name} {list(weights[name].shape)} (configuration: {list(tensor.shape)})"
-                for name, tensor in expected.items()
-                if name in weights and weights[name].shape != tensor.shape
-            ],
-        ),
-    ]
-    if any(differences):
+    missing, unexpected, reshaped = state_difference(expected, weights)
+    shapes = [f"{name} {shape} (configuration: {configured})" for name, shape, configured in reshaped]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    differences = [f"{len(names)} {kind}: {abridge(names, SHOWN_NAMES)}" for kind, names in kinds.items() if names]
+    if differences:
         raise ValueError(
             f"{source} does not fit {type(module).__name__} as {CONFIG_FILE} describes it: "
-            f"{'; '.join(filter(None, differences))}. The two files must come from one release"
+            f"{'; '.join(differences)}. The two files must come from one release"
         )
     module.load_state_dict(weights)
 
@@ -392,13 +386,6 @@ def _with_weight_norm_names(weights: dict[str, Tensor], expected: Mapping[str, T
         newer = f"{owner}{dot}{WEIGHT_NORM_NAMES.get(last, last)}"
         renamed[newer if name not in expected and newer in expected and newer not in weights else name] = tensor
     return renamed
-
-
-def _some(kind: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    rest = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}{rest}"
 
 
 def _zip_records(path: Path) -> list[zipfile.ZipInfo]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
+
 PLAN_FILE = "plan.sha256"  # of a corpus folder: names what make_corpus.py planned
 PAUSE = "pau"
 # flite's US English phones; the pause is class 0
@@ -16,7 +18,6 @@ PHONES = (
     "jh", "k", "l", "m", "n", "ng", "ow", "oy", "p", "r", "s", "sh", "t", "th", "uh", "uw", "v", "w", "y", "z", "zh",
 )  # fmt: skip
 CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"  # a CTC class each, after the blank, which is class 0
-UNIT_RATE_HZ = 50
 
 
 class Spoken(NamedTuple):
@@ -100,7 +101,7 @@ def phone_classes(phones: list[tuple[str, float]], num_units: int) -> np.ndarray
     Returns:
         indices into `PHONES`, [S], int64; what follows the last phone is a pause.
     """
-    middles = (np.arange(num_units) + 0.5) / UNIT_RATE_HZ
+    middles = (np.arange(num_units) + 0.5) / S3_UNITS_PER_SECOND
     ends = np.array([end for _, end in phones])
     names = np.array([PHONES.index(phone) for phone, _ in phones] + [0], dtype=np.int64)
     return names[np.searchsorted(ends, middles, side="right")]

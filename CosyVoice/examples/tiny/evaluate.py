@@ -46,8 +46,8 @@ from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file
 from cosyvoice.utils.provenance import file_digest
-from taste.asr import ListenerMissingError
 from taste.audio import AudioError, read_audio
+from taste.listening import ListenerMissingError
 from taste.manifest import read_manifest
 from taste.plots import plot_mels
 from taste.recordings import read_table

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from taste.sound_metrics import word_error
+from taste.word_error import word_error
 
 CONDITIONS = {
     "original": "original recordings",

@@ -54,7 +54,7 @@ from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.batch import Batch
 from taste.build import build_together
 from taste.pretrained_parts import PARTS_FILE, write_parts
-from taste.scoring import Totals
+from taste.scores import Totals
 
 # B batch   A Whisper frames, 50 Hz   D channels of the encoder   W mel frames, 100 Hz
 

@@ -17,8 +17,9 @@ from cosyvoice.utils.common import IGNORE_ID
 from taste.batch import Batch, Example
 from taste.fitted_taste import start_quantizer
 from taste.lengths import valid_mask
-from taste.model import CosyVoiceS3Model, Prefix
-from taste.scoring import Totals
+from taste.model import CosyVoiceS3Model
+from taste.scores import Totals
+from taste.unit_sequence import Prefix
 
 # B batch   P positions before the units   S S3 units, 50 Hz   V variants   D channels of the language model
 

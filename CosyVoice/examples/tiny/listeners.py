@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from taste.asr import RECOGNISER_RATE_HZ, Pocketsphinx, import_listener
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from taste.audio import read_audio
+from taste.listening import import_listener
+from taste.pocketsphinx_recogniser import Pocketsphinx
 
 INSTALL = "pip install -r CosyVoice/examples/tiny/requirements.txt && pip install --no-deps Resemblyzer==0.1.4"
 
@@ -48,7 +50,7 @@ def hear_in_worker(path: str) -> str:
     Raises:
         AudioError: the file cannot be read.
     """
-    words = _RECOGNISERS[0].words(read_audio(path, RECOGNISER_RATE_HZ).waveform, RECOGNISER_RATE_HZ)
+    words = _RECOGNISERS[0].words(read_audio(path, SPEECH_SAMPLE_RATE_HZ).waveform, SPEECH_SAMPLE_RATE_HZ)
     return " ".join(word.text for word in words)
 
 
@@ -75,10 +77,10 @@ class VoiceJudge:
         Raises:
             AudioError: the file cannot be read.
         """
-        waveform = read_audio(path, RECOGNISER_RATE_HZ).waveform.numpy()
+        waveform = read_audio(path, SPEECH_SAMPLE_RATE_HZ).waveform.numpy()
         if not np.abs(waveform).max() > 0:
             return None
-        speech = self._resemblyzer.preprocess_wav(waveform, source_sr=RECOGNISER_RATE_HZ)
+        speech = self._resemblyzer.preprocess_wav(waveform, source_sr=SPEECH_SAMPLE_RATE_HZ)
         return self._encoder.embed_utterance(speech) if len(speech) else None
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cosyvoice.utils.common import IGNORE_ID
 from taste.batch import NO_WORD, Batch
-from taste.data import EXTRA_POSITIONS, UtteranceDataset
+from taste.data import UtteranceDataset
+from taste.unit_sequence import EXTRA_POSITIONS
 
 # U utterances   N rows of all utterances   B batch   T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from corpus_reader import PAUSE, PHONES, UNIT_RATE_HZ, Spoken, phone_classes, read_split
+from corpus_reader import PAUSE, PHONES, Spoken, phone_classes, read_split
 from flite_speech import find_flite
 from packed_features import PackedRows, cut_batches
 from reading_lessons import SOUNDS_FILE, WORDS_FILE, Lessons, ReadingLessons, describe_words
@@ -47,6 +47,7 @@ from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import load_state, read_torch_file, read_weights
 from cosyvoice.utils.muon import MuonWithAdamW, muon_groups
 from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from cosyvoice.utils.tensor_file import save_tensors
 from cosyvoice.utils.train_log import CV_TAG, TRAIN_TAG, TrainLog
@@ -162,7 +163,8 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     lessons.to(device)
     teaching = Teaching(settings, folder, lessons, learned, measured, start=file_digest(start), dtype=dtype)
     print(
-        f"{len(learned)} utterances, {learned.units.lengths.sum() / UNIT_RATE_HZ / 3600:.2f} h, on {device} in {dtype}"
+        f"{len(learned)} utterances, {learned.units.lengths.sum() / S3_UNITS_PER_SECOND / 3600:.2f} h, on {device} in "
+        f"{dtype}"
     )
     teaching.go_on()
     settings.save(folder / "settings.json")
@@ -261,7 +263,7 @@ def unit_owners(spans: Sequence[Span | None], num_units: int) -> np.ndarray:
     """
     heard = [(span.start, number) for number, span in enumerate(spans) if span is not None]
     starts = np.array([start for start, _ in heard])
-    middles = (np.arange(num_units) + 0.5) / UNIT_RATE_HZ
+    middles = (np.arange(num_units) + 0.5) / S3_UNITS_PER_SECOND
     begun = np.searchsorted(starts, middles, side="right") - 1
     return np.array([number for _, number in heard], dtype=np.int64)[begun.clip(min=0)]
 

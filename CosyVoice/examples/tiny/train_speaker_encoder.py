@@ -37,6 +37,7 @@ from speaker_onnx import export_speaker_encoder
 from cosyvoice.utils.atomic import atomic_path, write_json
 from cosyvoice.utils.audio import speaker_fbank
 from cosyvoice.utils.onnx_session import OnnxSession
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
 from cosyvoice.utils.settings import Settings, parse_settings
 from taste.audio import read_audio
 from taste.manifest import read_manifest
@@ -55,7 +56,6 @@ REAL_MANIFEST = None  # str: .jsonl of recordings of people, to be measured as w
 SEED = 0  # of everything random
 THREADS = 1  # of the CPU
 
-_SAMPLE_RATE_HZ = 16_000
 _FULL_SCALE = 32_767
 _MEASURED_UTTERANCES = 800  # of a split at most: all pairs of them are compared
 _EXPORT_TOLERANCE = 1e-4
@@ -118,7 +118,7 @@ def load_recordings(corpus: Path, split: str) -> list[Recording]:
     """Read a split of the corpus into memory, 32 kB a second."""
     recordings = []
     for spoken in read_split(corpus, split):
-        waveform = read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform
+        waveform = read_audio(spoken.audio_path, SPEECH_SAMPLE_RATE_HZ).waveform
         recordings.append(Recording((waveform.clamp(-1, 1) * _FULL_SCALE).round().short(), spoken.speaker))
     return recordings
 
@@ -127,8 +127,8 @@ def read_real(manifest: Path) -> list[Recording]:
     """Read recordings of people that are at least as long as the shortest stretch of training."""
     recordings = []
     for utterance in read_manifest(manifest):
-        waveform = read_audio(utterance.audio_path, _SAMPLE_RATE_HZ).waveform
-        if len(waveform) >= SHORTEST_SECONDS * _SAMPLE_RATE_HZ:
+        waveform = read_audio(utterance.audio_path, SPEECH_SAMPLE_RATE_HZ).waveform
+        if len(waveform) >= SHORTEST_SECONDS * SPEECH_SAMPLE_RATE_HZ:
             samples = (waveform.clamp(-1, 1) * _FULL_SCALE).round().short()
             recordings.append(Recording(samples, utterance.speaker or utterance.utt_id))
     return recordings
@@ -217,7 +217,7 @@ def disturbed_fbank(
     Returns:
         mean-subtracted log energies, float32.
     """
-    length = round(seconds * _SAMPLE_RATE_HZ)
+    length = round(seconds * SPEECH_SAMPLE_RATE_HZ)
     samples = samples.repeat(-(-length // len(samples)))
     first = int(torch.randint(0, len(samples) - length + 1, (), generator=generator))
     stretch = samples[first : first + length].float() / _FULL_SCALE

@@ -47,14 +47,16 @@ from cosyvoice.utils.tensor_file import save_tensors
 from cosyvoice.utils.train_utils import load_model
 from taste.batch import Batch
 from taste.build import TasteSizes, build_together
-from taste.data import FeaturePaths, UtteranceDataset, open_dataset, spread_evenly
+from taste.data import UtteranceDataset, open_dataset
 from taste.fitted_start import fit_new_parts
 from taste.fitted_taste import quiet_branch
-from taste.model import VARIANTS as ALL_VARIANTS
 from taste.plots import plot_comparison
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
 from taste.size_defaults import SMALL
+from taste.split_features import FeaturePaths
+from taste.subsample import spread_evenly
 from taste.train_state import Progress, StepRecord
+from taste.variants import VARIANTS as ALL_VARIANTS
 
 # B batch   S S3 units, 50 Hz
 

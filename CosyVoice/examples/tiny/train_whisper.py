@@ -57,11 +57,12 @@ from cosyvoice.utils.audio import whisper_log_mel
 from cosyvoice.utils.config import load_config
 from cosyvoice.utils.model_dir import SPEECH_TOKENIZER_FILE, read_torch_file
 from cosyvoice.utils.provenance import digest, file_digest
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ, WHISPER_FRAMES_PER_SECOND
 from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.audio import read_audio
 from taste.text import tokenize
 from taste.threads import torch_threads_kept
-from taste.whisper_encoder import FRAMES_PER_SECOND, SAMPLES_PER_FRAME, WhisperEncoder
+from taste.whisper_encoder import SAMPLES_PER_FRAME, WhisperEncoder
 
 WORK_DIR = Path("CosyVoice/examples/tiny/work")  # holds corpus/; whisper/ is made in it
 TEXT_EMBEDDING = None  # str: llm.pt, or a checkpoint of its training; none draws vectors that no language model knows
@@ -90,7 +91,6 @@ THREADS = 1  # of the CPU
 NUM_WORKERS = 0  # processes that prepare the recordings and their batches; 12 beside a GPU
 DEVICE = "auto"  # auto, cpu, cuda
 
-_SAMPLE_RATE_HZ = 16_000
 _TEXT_WIDTH = 64  # of vectors drawn where no language model is given
 _CONFIGURATION = Path(__file__).with_name("conf") / "cosyvoice.yaml"  # names the text tokenizer
 _DECIDES_TRAINING = (
@@ -131,7 +131,7 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     print(f"settings of {folder}:\n{settings.describe()}\n")
     torch.set_float32_matmul_precision("high")
     learned, measured, vocabulary, units = read_corpora(settings)
-    hours = sum(len(example.phones) for example in learned.examples) / FRAMES_PER_SECOND / 3600
+    hours = sum(len(example.phones) for example in learned.examples) / WHISPER_FRAMES_PER_SECOND / 3600
     known = f"{len(vocabulary)} text tokens, {len(units)} S3 units"
     print(f"{len(learned.examples)} utterances, {hours:.2f} h, {known}, on {device} in {dtype}", flush=True)
 
@@ -246,7 +246,7 @@ def prepare(
         if span is not None
     ]
     tokens = torch.zeros(frames, dtype=torch.long)
-    middles = (torch.arange(frames) + 0.5) / FRAMES_PER_SECOND
+    middles = (torch.arange(frames) + 0.5) / WHISPER_FRAMES_PER_SECOND
     for index, span in heard:
         tokens[(middles >= span.start) & (middles < span.end)] = index
     return Example(
@@ -261,7 +261,7 @@ def prepare(
 
 def recording_mel(spoken: Spoken) -> tuple[Tensor, int]:
     """An utterance's log-mel [128, 2 A + 4], float16, as an `Example` has it; and A."""
-    waveform = read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform
+    waveform = read_audio(spoken.audio_path, SPEECH_SAMPLE_RATE_HZ).waveform
     frames = -(-len(waveform) // SAMPLES_PER_FRAME)
     tail = CLEAR_FRAMES // 2 * SAMPLES_PER_FRAME
     padded = F.pad(waveform, (0, frames * SAMPLES_PER_FRAME + tail - len(waveform)))
@@ -286,14 +286,14 @@ def time_frames(phones: Sequence[tuple[str, float]], tokens: Sequence[Span], num
     Returns:
         [A, 6] float32: ln(1 + frames) since the phone's start, to its end, and between the two; the same of the token.
     """
-    middles = (np.arange(num_frames) + 0.5) / FRAMES_PER_SECOND
+    middles = (np.arange(num_frames) + 0.5) / WHISPER_FRAMES_PER_SECOND
     columns = []
     for ends in ([end for _, end in phones], sorted({bound for span in tokens for bound in span})):
-        bounds = np.array([0.0, *ends, max(num_frames / FRAMES_PER_SECOND, ends[-1] if ends else 0.0) + 1e-3])
+        bounds = np.array([0.0, *ends, max(num_frames / WHISPER_FRAMES_PER_SECOND, ends[-1] if ends else 0.0) + 1e-3])
         place = np.searchsorted(bounds, middles, side="right").clip(1, len(bounds) - 1)
         starts, stops = bounds[place - 1], bounds[place]
         for distance in (middles - starts, stops - middles, stops - starts):
-            columns.append(np.log1p(distance.clip(min=0.0) * FRAMES_PER_SECOND))
+            columns.append(np.log1p(distance.clip(min=0.0) * WHISPER_FRAMES_PER_SECOND))
     return torch.from_numpy(np.stack(columns, axis=1)).float()
 
 
@@ -442,7 +442,7 @@ def measure(folder: Path, teacher: FrameTeacher, corpus: Corpus) -> dict[str, fl
     consistency = 1.0
     generator = torch.Generator().manual_seed(0)
     for example, spoken in zip(corpus.examples, corpus.spoken, strict=True):
-        (features,) = encoder.encode([read_audio(spoken.audio_path, _SAMPLE_RATE_HZ).waveform])
+        (features,) = encoder.encode([read_audio(spoken.audio_path, SPEECH_SAMPLE_RATE_HZ).waveform])
         logits = teacher.text_logits(features.final)
         known = example.tokens != IGNORED
         right["text_accuracy"] += (logits.argmax(dim=1) == example.tokens)[known].tolist()
@@ -455,8 +455,8 @@ def measure(folder: Path, teacher: FrameTeacher, corpus: Corpus) -> dict[str, fl
         for index, span in example.token_spans:
             places = [s for i, s in example.token_spans if i == index]  # a token may be spoken more than once
             best = logits[:, index].argmax().item() + 0.5
-            slack = 1.0 / FRAMES_PER_SECOND
-            seconds = best / FRAMES_PER_SECOND
+            slack = 1.0 / WHISPER_FRAMES_PER_SECOND
+            seconds = best / WHISPER_FRAMES_PER_SECOND
             right["looks_right"].append(any(s.start - slack <= seconds < s.end + slack for s in places))
             assert span in places, "a token has no span of its own"
         short: States = encode(encoder.module, collate([[example]]).mels.float(), MID_LAYER, SAMPLED_FRAMES, generator)

@@ -14,18 +14,16 @@ import torch
 import torchaudio
 
 from cosyvoice.utils.stops import RunStopped
-from taste.asr import Found, Word, normalise
+from taste.acoustic_metrics import compare_sounds, shapes_db
+from taste.asr import Found
 from taste.audio import read_audio
-from taste.sound_metrics import (
-    UtteranceSounds,
-    compare_durations,
-    compare_sounds,
-    evaluate_sounds,
-    shapes_db,
-    speaker_similarity,
-    word_error,
-)
+from taste.sound_evaluation import UtteranceSounds, evaluate_sounds
 from taste.speaker import SpeakerEncoder
+from taste.speaker_similarity import speaker_similarity
+from taste.text_normalisation import normalise
+from taste.word_durations import compare_durations
+from taste.word_error import word_error
+from taste.word_timing import Word
 
 ROOT = Path(__file__).parents[1]
 MODEL_DIR = ROOT / "CosyVoice-tiny"
@@ -119,7 +117,7 @@ def test_torch_keeps_its_number_of_threads():
     """In a process of its own, since numba changes only what nobody has set before."""
     script = (
         "import torch\n"
-        "from taste.sound_metrics import compare_sounds\n"
+        "from taste.acoustic_metrics import compare_sounds\n"
         "before = torch.get_num_threads()\n"
         "compare_sounds(torch.randn(4000), torch.randn(3000), 22050)\n"
         "print(before, torch.get_num_threads())\n"
@@ -151,8 +149,6 @@ REFERENCE = words(("the", 0.0, 0.2), ("old", 0.2, 0.5), ("house", 0.6, 1.0))
 
 def test_durations_within_the_tolerance_are_kept_wherever_the_words_lie():
     later = words(("the", 1.0, 1.25), ("old", 1.25, 1.5), ("house", 2.0, 2.3))
-    assert compare_durations(REFERENCE, later, tolerance_s=0.1).consistent == 3
-    assert compare_durations(REFERENCE, later, tolerance_s=0.01).consistent == 0
     compared = compare_durations(REFERENCE, later)
     assert (compared.words, compared.consistent) == (3, 2)  # 50 and 50 ms off, 100 ms off
     assert compared.difference_s == pytest.approx(0.2)

@@ -1,0 +1,39 @@
+import itertools
+
+import pytest
+
+from taste.optimizer import parameter_groups, share_of_peak
+from taste.training_config import TrainingConfig
+from tests.small_stage3 import small_model
+
+
+def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
+    rates = [share_of_peak(step, 104, warmup_steps=4) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[54] == pytest.approx((1 + 0.05) / 2)
+    assert rates[104] == pytest.approx(0.05)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+
+
+def test_pretrained_and_new_parts_have_learning_rates_of_their_own():
+    config = TrainingConfig(
+        num_epochs=2,
+        batch_size=2,
+        lr=1e-4,
+        new_modules_lr=1e-2,
+        warmup_steps=2,
+        weight_decay=0.01,
+        grad_clip=1.0,
+        accumulation_steps=1,
+        seed=0,
+    )
+    model = small_model()
+    groups = parameter_groups(model, config)
+    peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(peaks) == len(learning) == sum(len(group["params"]) for group in groups)
+    for name, parameter in learning.items():
+        assert peaks[id(parameter)] == (1e-4 if name.startswith("llm.") else 1e-2), name
+    assert {group["peak_lr"] for group in parameter_groups(small_model("text_only"), config)} == {1e-4}
+    assert {group["peak_lr"] for group in parameter_groups(small_model(freeze_llm=True), config)} == {1e-2}
