@@ -37,7 +37,7 @@ def test_recordings_are_16_khz_16_bit_mono_flac_of_one_to_six_seconds(splits: di
 
 def test_corpus_is_no_larger_than_its_script_allows() -> None:
     size_bytes = sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file())
-    assert size_bytes <= runpy.run_path(str(MAKER))["MAX_CORPUS_BYTES"]
+    assert size_bytes <= runpy.run_path(str(MAKER))["_MAX_CORPUS_BYTES"]
 
 
 def test_no_test_sentence_is_in_train(splits: dict[str, list[Utterance]]) -> None:

@@ -12,7 +12,7 @@ SCRIPTS = sorted(
     path
     for pattern in (*FOLDERS, "CosyVoice/examples/**/*.py")
     for path in REPOSITORY.glob(pattern)
-    if "parse_settings(__file__" in path.read_text(encoding="utf-8")
+    if "(__file__, globals(), " in path.read_text(encoding="utf-8")
 )
 SCRIPT = '''"""Does a thing.
 
@@ -26,6 +26,7 @@ USE_SPEAKER = True  # with the speaker vector
 NAME = "a # b"  # what to call it
 LIMIT = None  # int: at most so many
 NOTE = None  # free words
+FOLDER = None  # Path: where to look
 LAYERS = (
     4,
     6,
@@ -60,6 +61,7 @@ def test_without_a_command_line_the_script_decides(tmp_path: Path) -> None:
         "name": "a # b",
         "limit": None,
         "note": None,
+        "folder": None,
         "layers": [4, 6],
         "mode": "train",
         "grad_clip": 1.0,
@@ -96,6 +98,8 @@ def test_the_trailing_comment_is_the_help() -> None:
         (["--limit", "7"], "limit", 7),
         (["--limit", "none"], "limit", None),
         (["--note", "7"], "note", "7"),
+        (["--folder", "a/b"], "folder", Path("a/b")),
+        (["--folder", "none"], "folder", None),
         (["--layers", "1,2, 3"], "layers", (1, 2, 3)),
         (["--grad-clip", "0.5"], "grad_clip", 0.5),
         (["--minutes", "7.5"], "minutes", 7.5),

@@ -278,6 +278,15 @@ def test_another_plan_is_refused_in_the_same_folder(
     assert "rm -r" in capsys.readouterr().err
 
 
+def test_a_size_of_nothing_is_wrong_usage(
+    maker: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--hours", "0"], ["--lively-hours", "-1"], ["--dev", "0"], ["--test", "0"]):
+        assert maker["main"]([*words, "--work-dir", str(tmp_path)]) == 2
+        assert "must be positive" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_phone_of_american_english_is_spoken(plan: list[Any], flite: str) -> None:
     command = [flite, "-voice", "kal16", "-ps", "-t", text_of(plan), "-o", "none"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

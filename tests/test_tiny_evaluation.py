@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cosyvoice.utils.settings import Settings, parse_settings
+
 TINY = Path(__file__).parents[1] / "CosyVoice" / "examples" / "tiny"
 
 
@@ -31,6 +33,10 @@ def evaluate(table: ModuleType) -> ModuleType:
     finally:
         sys.path[:] = earlier
     return module
+
+
+def settings_of(evaluate: ModuleType, words: list[str]) -> Settings:
+    return parse_settings(evaluate.__file__, vars(evaluate), words)
 
 
 def utterance(speaker: str = "slt-01", **changes: Any) -> dict[str, Any]:
@@ -113,25 +119,25 @@ def test_utterances_come_from_a_folder_or_a_manifest(evaluate: ModuleType, tmp_p
 def test_another_models_measurements_are_not_mixed(evaluate: ModuleType, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    for name in evaluate.MODEL_FILES:
+    for name in evaluate._MODEL_FILES:
         (model / name).write_text(name)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("{}")
     arguments = ["--model-dir", str(model), "--manifest", str(manifest), "--output", str(tmp_path / "out")]
-    evaluate.prepare_output(evaluate.parse_arguments(arguments))
-    evaluate.prepare_output(evaluate.parse_arguments(arguments))
+    evaluate.prepare_output(settings_of(evaluate, arguments))
+    evaluate.prepare_output(settings_of(evaluate, arguments))
     heard = evaluate.Notes(tmp_path / "out" / "heard.jsonl")
     heard.add("a/original", heard="one")
     heard.add("a/text", heard="two")
     evaluate.Notes(tmp_path / "out" / "spoken.jsonl").add("a")
     (model / "flow.pt").write_text("another")
     with pytest.raises(ValueError, match="--overwrite"):
-        evaluate.prepare_output(evaluate.parse_arguments(arguments))
-    evaluate.prepare_output(evaluate.parse_arguments([*arguments, "--overwrite"]))
+        evaluate.prepare_output(settings_of(evaluate, arguments))
+    evaluate.prepare_output(settings_of(evaluate, [*arguments, "--overwrite"]))
     assert list(evaluate.Notes(heard.path).by_id) == ["a/original"]
     assert not (tmp_path / "out" / "spoken.jsonl").exists()
     manifest.write_text("{} ")  # other recordings under the same name
-    evaluate.prepare_output(evaluate.parse_arguments([*arguments, "--overwrite"]))
+    evaluate.prepare_output(settings_of(evaluate, [*arguments, "--overwrite"]))
     assert not evaluate.Notes(heard.path).by_id
 
 
@@ -142,9 +148,25 @@ def test_another_tokenizers_error_is_not_the_models(evaluate: ModuleType, tmp_pa
         (folder / "speech_tokenizer_v1.onnx").write_text("one")
     (theirs / "metrics.json").write_text('{"test": {"character_error_rate": 0.1}}')
     arguments = ["--model-dir", str(model), "--data-dir", str(tmp_path / "work/corpus/test"), "--output", "out"]
-    assert evaluate.find_tokenizer_metrics(evaluate.parse_arguments(arguments)) == {"character_error_rate": 0.1}
+    assert evaluate.find_tokenizer_metrics(settings_of(evaluate, arguments)) == {"character_error_rate": 0.1}
     (model / "speech_tokenizer_v1.onnx").write_text("another")
-    assert evaluate.find_tokenizer_metrics(evaluate.parse_arguments(arguments)) is None
+    assert evaluate.find_tokenizer_metrics(settings_of(evaluate, arguments)) is None
+
+
+def test_wrong_usage_is_named_before_anything_is_done(
+    evaluate: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]
+    for words, told in (
+        (data[:2], "give --output"),
+        (data[2:], "give either --data-dir or --manifest"),
+        ([*data, "--manifest", "m.jsonl"], "give either --data-dir or --manifest"),
+        ([*data, "--limit", "0"], "--limit is 0, expected at least 1"),
+        ([*data, "--num-threads", "0", "--mels", "-1"], "--num-threads is 0, expected at least 1; --mels is -1"),
+    ):
+        assert evaluate.main(words) == 2
+        assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_listener_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_full_size_configuration_has_the_published_keys_and_shapes(
     make_model: ModuleType, golden_dir: Path, tmp_path: Path
 ) -> None:
     published = json.loads((golden_dir / "cosyvoice_300m_state_dict_shapes.json").read_text())
-    make_model.write_config(tmp_path / "cosyvoice.yaml", "300m", make_model.FULL)
+    make_model.write_config(tmp_path / "cosyvoice.yaml", "300m", make_model._FULL)
     for part in PARTS:
         with torch.device("meta"):
             module = load_config(tmp_path / "cosyvoice.yaml", [part])[part]
@@ -113,7 +113,7 @@ def test_full_size_configuration_has_the_published_keys_and_shapes(
 
 def test_speech_tokenizer_file_has_the_released_inputs_and_names(make_model: ModuleType, tmp_path: Path) -> None:
     mels = [torch.randn(128, 300, generator=torch.Generator().manual_seed(number)) for number in range(2)]
-    size = replace(make_model.TINY, s3_layers=NUM_LAYERS)
+    size = replace(make_model._TINY, s3_layers=NUM_LAYERS)
     path = tmp_path / "speech_tokenizer_v1.onnx"
     make_model.write_speech_tokenizer(path, size, mels, seed=1)
 
@@ -178,9 +178,9 @@ def test_same_seed_gives_the_same_files(make_model: ModuleType, tmp_path: Path) 
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         folder = tmp_path / name
         folder.mkdir()
-        make_model.write_config(folder / "cosyvoice.yaml", "tiny", make_model.TINY)
-        make_model.write_speech_tokenizer(folder / "s3.onnx", make_model.TINY, mels, seed)
-        make_model.write_part(folder, "hift", make_model.TINY, seed)
+        make_model.write_config(folder / "cosyvoice.yaml", "tiny", make_model._TINY)
+        make_model.write_speech_tokenizer(folder / "s3.onnx", make_model._TINY, mels, seed)
+        make_model.write_part(folder, "hift", make_model._TINY, seed)
         hift = torch.load(folder / "hift.pt", weights_only=True)
         contents.append(((folder / "s3.onnx").read_bytes(), hift["conv_post.bias"].tolist()))
     assert contents[0] == contents[1]
@@ -196,6 +196,14 @@ def test_an_existing_folder_is_not_replaced_unasked(
     assert make_model.main(["--output", str(tmp_path / "model")]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine.txt"]
+
+
+def test_a_size_that_there_is_not_is_wrong_usage(
+    make_model: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_model.main(["--output", str(tmp_path / "model"), "--size", "500m"]) == 2
+    assert "'500m'; expected one of tiny, 300m" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_corpus_is_an_error_that_leaves_nothing_behind(

@@ -9,9 +9,10 @@ becomes `--num-epochs` (or `--num_epochs`), an integer, with the comment as its 
     (1, 2)          --flag 1,2        elements typed like the first one
     None            --flag VALUE      text; `none` is None
 
-unless the script names it, which then holds whatever the value is edited to: as an annotation (`GRAD_CLIP: float = 1`)
-or, of what may be None, at the beginning of the comment (`LIMIT = None  # int: at most so many`). Where it names none,
-1 takes whole numbers only, and 1.0 decimals too: the error for one says that a point is missing in the script.
+unless the script names it (int, float, str, Path), which then holds whatever the value is edited to: as an annotation
+(`GRAD_CLIP: float = 1`) or, of what may be None, at the beginning of the comment (`LIMIT = None  # int: at most so
+many`). Where it names none, 1 takes whole numbers only, and 1.0 decimals too: the error for one says that a point is
+missing in the script.
 """
 
 import argparse
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 CONSTANT_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-NAMED_TYPE = re.compile(r"(int|float|str):\s*")
-TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+NAMED_TYPE = re.compile(r"(int|float|str|Path):\s*")
+TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "Path": Path}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 

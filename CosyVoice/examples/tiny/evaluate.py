@@ -1,20 +1,20 @@
 """Measure a model folder on recordings with transcripts: word error, voices, codes, speed, and sounds to listen to.
 
 In: a model folder, and a data folder of the recipe (`wav.scp`, `text`, `utt2spk`) or a .jsonl manifest. Out, in
-`--output`: `report.md`, `report.json`, `wavs/<utterance>_{original,true_units,text}.wav`, `mels/<utterance>.png` and
-the notes from which an interrupted run goes on.
+`--output`: `report.md`, `report.json`, `wavs/<utterance>_{original,true_units,text}.wav`, `mels/<utterance>.png`,
+`settings.json`, and the notes from which an interrupted run goes on.
 
     python CosyVoice/examples/tiny/evaluate.py --data-dir work/corpus/test --output exp/tiny_test
     python CosyVoice/examples/tiny/evaluate.py --manifest json/test.jsonl --output /tmp/demo_test --limit 3   (1 minute)
 
 true_units: the recording's own S3 units and speaker vector, through flow and HiFT, without a prompt. text: the
 transcript alone through `inference_sft`, with the speaker's averaged vector. pocketsphinx listens to both, and to the
-recording; Resemblyzer compares the voices. Needs what `requirements.txt` beside this file names.
+recording; Resemblyzer compares the voices. Needs what `requirements.txt` beside this file names. Exit codes: 0 done,
+1 error, 2 wrong usage, 130/143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -46,6 +46,7 @@ from cosyvoice.utils.file_utils import write_wav
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, read_torch_file
 from cosyvoice.utils.provenance import file_digest
+from cosyvoice.utils.settings import Settings, parse_settings, pick_device
 from taste.audio import AudioError, read_audio
 from taste.listening import ListenerMissingError
 from taste.manifest import read_manifest
@@ -54,8 +55,21 @@ from taste.recordings import read_table
 from taste.s3_units import open_extractor, read_recording
 from taste.speaker import SpeakerEncoder
 
-SPEAKER_VECTORS_FILE = "spk2embedding.pt"  # of a data folder: {speaker: averaged vector}
-MODEL_FILES = ("llm.pt", "flow.pt", "hift.pt", SPEECH_TOKENIZER_FILE, SPEAKER_MODEL_FILE, "cosyvoice.yaml")
+MODEL_DIR = taste.REPOSITORY / "CosyVoice-tiny"  # model folder
+DATA_DIR = None  # Path: folder with wav.scp, text and utt2spk; this or MANIFEST is required
+MANIFEST = None  # Path: .jsonl manifest
+OUTPUT = None  # Path: folder of the report, sounds and pictures (required)
+LIMIT = None  # int: measure so many utterances, from all parts of the list
+MELS = 4  # pictures to draw
+S3_METRICS = None  # Path: metrics.json of the S3 tokenizer's training; none: what lies beside DATA_DIR
+SEED = 7  # of sampling and noise
+JOBS = 2  # processes for the recogniser
+NUM_THREADS = 2  # of the model, which is what the speed is told for
+DEVICE = "cpu"  # of the model: auto, cpu, cuda
+OVERWRITE = False  # drop the measurements of another model in OUTPUT
+
+_SPEAKER_VECTORS_FILE = "spk2embedding.pt"  # of a data folder: {speaker: averaged vector}
+_MODEL_FILES = ("llm.pt", "flow.pt", "hift.pt", SPEECH_TOKENIZER_FILE, SPEAKER_MODEL_FILE, "cosyvoice.yaml")
 
 
 class Item(NamedTuple):
@@ -190,33 +204,36 @@ class Synthesiser:
         return wrapped
 
 
-def speak_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes, stop: StopRequest) -> list[str]:
+def speak_all(
+    items: Sequence[Item], settings: Settings, device: torch.device, notes: Notes, stop: StopRequest
+) -> list[str]:
     """Make both synthetic versions of every utterance, `wavs/`, and some pictures, `mels/`.
 
     Args:
         items: the utterances.
-        args: the command line.
+        settings: the script's constants.
+        device: of the model.
         notes: units, seconds of sound and seconds spent are added.
         stop: asked between utterances.
 
     Returns:
         what went wrong, a line an utterance.
     """
-    pictured = {items[index * len(items) // args.mels].utt_id for index in range(args.mels)} if args.mels else set()
+    pictures = min(settings.mels, len(items))
+    pictured = {items[index * len(items) // pictures].utt_id for index in range(pictures)}
     if all(item.utt_id in notes.by_id for item in items):
         return []
     problems: list[str] = []
-    device = torch.device(args.device)
-    tokenizer = args.model_dir / SPEECH_TOKENIZER_FILE
+    tokenizer = settings.model_dir / SPEECH_TOKENIZER_FILE
     extractors = [open_extractor(tokenizer, backend=backend) for backend in ("onnxruntime", "s3tokenizer")]
-    encoder = SpeakerEncoder(args.model_dir / SPEAKER_MODEL_FILE)
+    encoder = SpeakerEncoder(settings.model_dir / SPEAKER_MODEL_FILE)
     vectors: dict[str, Tensor] = {}
     for item in _bar(items, "speaker vectors", stop):
         try:
             vectors[item.utt_id] = encoder.embed(read_recording(item.audio_path))
         except (AudioError, ValueError) as error:
             problems.append(f"{item.utt_id}: {error}")
-    synthesiser = Synthesiser(args.model_dir, _averages(items, vectors, args.data_dir), args.seed, device)
+    synthesiser = Synthesiser(settings.model_dir, _averages(items, vectors, settings.data_dir), settings.seed, device)
     rate_hz = synthesiser.cosyvoice.sample_rate
     todo = [item for item in items if item.utt_id not in notes.by_id and item.utt_id in vectors]
     is_warm = False
@@ -238,10 +255,10 @@ def speak_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes, sto
                 problems.append(f"{item.utt_id}, {CONDITIONS[condition]}: {error}")
             spent[condition] = synthesiser.spent
         for condition, sound in sounds.items():
-            write_wav(_wav(args.output, item, condition), sound, rate_hz)
+            write_wav(_wav(settings.output, item, condition), sound, rate_hz)
         if item.utt_id in pictured:
             mels = {CONDITIONS[condition]: synthesiser.mel(sound) for condition, sound in sounds.items()}
-            plot_mels(args.output / "mels" / f"{item.utt_id}.png", mels, f"{item.utt_id}: {item.text}")
+            plot_mels(settings.output / "mels" / f"{item.utt_id}.png", mels, f"{item.utt_id}: {item.text}")
         notes.add(
             item.utt_id,
             units=units,
@@ -259,18 +276,18 @@ def _averages(items: Sequence[Item], vectors: dict[str, Tensor], data_dir: Path 
         if item.utt_id in vectors:
             by_speaker.setdefault(item.speaker, []).append(vectors[item.utt_id])
     averages = {name: torch.stack(own).mean(dim=0) for name, own in by_speaker.items()}
-    stored = data_dir / SPEAKER_VECTORS_FILE if data_dir else None
+    stored = data_dir / _SPEAKER_VECTORS_FILE if data_dir else None
     if stored and stored.is_file():
         averages.update({name: torch.as_tensor(vector) for name, vector in read_torch_file(stored).items()})
     return averages
 
 
-def recognise_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes, stop: StopRequest) -> None:
+def recognise_all(items: Sequence[Item], settings: Settings, notes: Notes, stop: StopRequest) -> None:
     """Let pocketsphinx listen to the English utterances, in several processes.
 
     Args:
         items: the utterances.
-        args: the command line.
+        settings: the script's constants.
         notes: what was heard is added, under `<utterance>/<condition>`.
         stop: asked between recordings.
     """
@@ -278,14 +295,14 @@ def recognise_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes,
         f"{item.utt_id}/{condition}": str(item.audio_path if condition == "original" else path)
         for item in items
         for condition in CONDITIONS
-        if item.language == "en" and (path := _wav(args.output, item, condition)).is_file()
+        if item.language == "en" and (path := _wav(settings.output, item, condition)).is_file()
     }
     todo = {key: path for key, path in wanted.items() if key not in notes.by_id}
     if not todo:
         return
     open_recogniser()  # an error of its installation is an error here, not in a worker
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=start_worker) as pool:
+    with ProcessPoolExecutor(settings.jobs, mp_context=context, initializer=start_worker) as pool:
         heard = pool.map(hear_in_worker, todo.values())
         try:
             for key, text in zip(_bar(list(todo), "recognition", stop), heard, strict=False):
@@ -295,12 +312,12 @@ def recognise_all(items: Sequence[Item], args: argparse.Namespace, notes: Notes,
             raise
 
 
-def compare_voices(items: Sequence[Item], args: argparse.Namespace, notes: Notes, stop: StopRequest) -> None:
+def compare_voices(items: Sequence[Item], settings: Settings, notes: Notes, stop: StopRequest) -> None:
     """Let Resemblyzer compare each synthetic utterance with its original.
 
     Args:
         items: the utterances.
-        args: the command line.
+        settings: the script's constants.
         notes: the cosines are added.
         stop: asked between utterances.
     """
@@ -310,7 +327,7 @@ def compare_voices(items: Sequence[Item], args: argparse.Namespace, notes: Notes
     judge = VoiceJudge()
     for item in _bar(todo, "voices", stop):
         original = judge.embed(str(item.audio_path))
-        paths = {condition: _wav(args.output, item, condition) for condition in SYNTHETIC}
+        paths = {condition: _wav(settings.output, item, condition) for condition in SYNTHETIC}
         cosines = {
             condition: similarity(original, judge.embed(str(path))) if path.is_file() else 0.0
             for condition, path in paths.items()
@@ -334,31 +351,33 @@ def lists_of(data_dir: Path) -> list[Path]:
     return [data_dir / "wav.scp", data_dir / "text"]
 
 
-def prepare_output(args: argparse.Namespace) -> None:
+def prepare_output(settings: Settings) -> None:
     """Make the output folder, or check that it belongs to this model and these settings.
 
     Raises:
         ValueError: it holds the measurements of another model, and `--overwrite` was not given.
     """
     made_with = {
-        "model": {name: file_digest(args.model_dir / name) for name in MODEL_FILES},
-        "data": str((args.manifest or args.data_dir).resolve()),
-        "lines": [file_digest(path) for path in ([args.manifest] if args.manifest else lists_of(args.data_dir))],
-        "seed": args.seed,
+        "model": {name: file_digest(settings.model_dir / name) for name in _MODEL_FILES},
+        "data": str((settings.manifest or settings.data_dir).resolve()),
+        "lines": [
+            file_digest(path) for path in ([settings.manifest] if settings.manifest else lists_of(settings.data_dir))
+        ],
+        "seed": settings.seed,
     }
-    mark = args.output / "made_with.json"
+    mark = settings.output / "made_with.json"
     if mark.exists() and (before := json.loads(mark.read_text(encoding="utf-8"))) != made_with:
-        if not args.overwrite:
+        if not settings.overwrite:
             raise ValueError(
-                f"{args.output} holds measurements of another model, data set or seed; "
+                f"{settings.output} holds measurements of another model, data set or seed; "
                 "give another --output, or --overwrite to measure again"
             )
         for name in ("spoken.jsonl", "voices.jsonl", "report.md", "report.json"):
-            (args.output / name).unlink(missing_ok=True)
+            (settings.output / name).unlink(missing_ok=True)
         for name in ("wavs", "mels"):
-            if (args.output / name).is_dir():
-                shutil.rmtree(args.output / name)
-        heard = args.output / "heard.jsonl"  # what was heard in the recordings themselves stays true
+            if (settings.output / name).is_dir():
+                shutil.rmtree(settings.output / name)
+        heard = settings.output / "heard.jsonl"  # what was heard in the recordings themselves stays true
         keep = all(before.get(name) == made_with[name] for name in ("data", "lines"))
         lines = [line for line in heard.read_text(encoding="utf-8").splitlines(True)] if heard.exists() else []
         kept = [line for line in lines if keep and line.endswith("\n") and json.loads(line)["id"].endswith("/original")]
@@ -366,15 +385,15 @@ def prepare_output(args: argparse.Namespace) -> None:
     write_json(mark, made_with)
 
 
-def find_tokenizer_metrics(args: argparse.Namespace) -> dict[str, Any] | None:
+def find_tokenizer_metrics(settings: Settings) -> dict[str, Any] | None:
     """Read what the S3 tokenizer's training measured on its test set, where that is to be had.
 
     Beside the data lies what the recipe's own tokenizer reached, which the model need not have.
     """
-    path = args.s3_metrics
-    if path is None and args.data_dir is not None:
-        path = args.data_dir.resolve().parents[1] / "s3_tokenizer" / "metrics.json"
-        theirs, ours = path.with_name(SPEECH_TOKENIZER_FILE), args.model_dir / SPEECH_TOKENIZER_FILE
+    path = settings.s3_metrics
+    if path is None and settings.data_dir is not None:
+        path = settings.data_dir.resolve().parents[1] / "s3_tokenizer" / "metrics.json"
+        theirs, ours = path.with_name(SPEECH_TOKENIZER_FILE), settings.model_dir / SPEECH_TOKENIZER_FILE
         if not theirs.is_file() or file_digest(theirs) != file_digest(ours):
             return None
     return json.loads(path.read_text(encoding="utf-8"))["test"] if path is not None and path.is_file() else None
@@ -404,44 +423,41 @@ def _quiet_model() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-dir", type=Path, default=taste.REPOSITORY / "CosyVoice-tiny", help="model folder")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data-dir", type=Path, help="folder with wav.scp, text and utt2spk")
-    data.add_argument("--manifest", type=Path, help=".jsonl manifest")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the report, sounds and pictures")
-    parser.add_argument("--limit", type=int, help="measure so many utterances, from all parts of the list")
-    parser.add_argument("--mels", type=int, default=4, help="pictures to draw")
-    parser.add_argument("--s3-metrics", type=Path, help="metrics.json of the S3 tokenizer's training")
-    parser.add_argument("--seed", type=int, default=7, help="of sampling and noise")
-    parser.add_argument("--jobs", type=int, default=2, help="processes for the recogniser")
-    parser.add_argument("--num-threads", type=int, default=2, help="of the model, which is what the speed is told for")
-    parser.add_argument("--device", default="cpu", help="of the model")
-    parser.add_argument("--overwrite", action="store_true", help="drop the measurements of another model in --output")
-    args = parser.parse_args(argv)
-    if (args.limit is not None and args.limit < 1) or args.jobs < 1 or args.num_threads < 1 or args.mels < 0:
-        parser.error("--limit, --jobs and --num-threads must be at least 1, --mels at least 0")
-    return args
+def wrong_usage(settings: Settings) -> list[str]:
+    """Name what the settings lack, or have too much of."""
+    problems = []
+    if (settings.data_dir is None) == (settings.manifest is None):
+        problems.append("give either --data-dir or --manifest")
+    if settings.output is None:
+        problems.append("give --output, the folder of the report, sounds and pictures")
+    least = {"limit": 1, "jobs": 1, "num_threads": 1, "mels": 0}
+    for name, lowest in least.items():
+        if (value := getattr(settings, name)) is not None and value < lowest:
+            problems.append(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
+    return problems
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and measure; return the exit code."""
-    args = parse_arguments(argv)
-    torch.set_num_threads(args.num_threads)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    settings = parse_settings(__file__, globals(), argv)
+    if wrong := wrong_usage(settings):
+        print(f"error: {'; '.join(wrong)}", file=sys.stderr)
+        return 2
+    print(f"settings of {settings.output}:\n{settings.describe()}\n", flush=True)
+    torch.set_num_threads(settings.num_threads)
     try:
-        items = read_items(args.data_dir, args.manifest, args.limit)
-        args.mels = min(args.mels, len(items))
+        device = pick_device(settings.device)
+        items = read_items(settings.data_dir, settings.manifest, settings.limit)
         open_recogniser()
         VoiceJudge()  # both now: a missing package is told before the work begins
-        prepare_output(args)
-        spoken, heard, voices = (Notes(args.output / f"{name}.jsonl") for name in ("spoken", "heard", "voices"))
+        prepare_output(settings)
+        settings.save(settings.output / "settings.json")
+        spoken, heard, voices = (Notes(settings.output / f"{name}.jsonl") for name in ("spoken", "heard", "voices"))
         with StopRequest() as stop, _quiet_model():
-            problems = speak_all(items, args, spoken, stop)
+            problems = speak_all(items, settings, device, spoken, stop)
             made = [item for item in items if item.utt_id in spoken.by_id]
-            recognise_all(made, args, heard, stop)
-            compare_voices(made, args, voices, stop)
+            recognise_all(made, settings, heard, stop)
+            compare_voices(made, settings, voices, stop)
     except Interrupted as interrupted:
         print("stopped; the same command goes on from here")
         return interrupted.args[0]
@@ -457,19 +473,19 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", *sys.argv]) if argv is None else ""
     results = {
         **summarise(utterances),
-        "s3_tokenizer": find_tokenizer_metrics(args),
-        "threads": args.num_threads,
-        "device": args.device,
+        "s3_tokenizer": find_tokenizer_metrics(settings),
+        "threads": settings.num_threads,
+        "device": str(device),
         "problems": problems,
         "command": command,
     }
-    rows = table_rows(results, with_targets=args.manifest is None)
-    write_json(args.output / "report.json", results)
-    title = f"{args.model_dir} on {args.manifest or args.data_dir} ({len(utterances)} utterances)"
-    write_text(args.output / "report.md", to_markdown(rows, title) + f"\n    {command}\n")
-    print(f"{title}\n{to_text(rows)}\nreport: {args.output / 'report.md'}; listen to {args.output / 'wavs'}")
+    rows = table_rows(results, with_targets=settings.manifest is None)
+    write_json(settings.output / "report.json", results)
+    title = f"{settings.model_dir} on {settings.manifest or settings.data_dir} ({len(utterances)} utterances)"
+    write_text(settings.output / "report.md", to_markdown(rows, title) + f"\n    {command}\n")
+    print(f"{title}\n{to_text(rows)}\nreport: {settings.output / 'report.md'}; listen to {settings.output / 'wavs'}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

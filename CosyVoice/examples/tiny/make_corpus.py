@@ -3,21 +3,21 @@
 In: nothing but Debian's `flite` (2.2), `grammar.py` and the demo's manifests, none of whose sentences is used. Out, in
 `<work-dir>/corpus`: `audio/<speaker>/<utterance>.flac` (16 kHz, 16 bit, mono), for each of train, dev and test
 `wav.scp`, `text`, `utt2spk`, `spk2utt` and `phones` (what flite spoke, each phone with its end in seconds) and a
-manifest, such as `train.jsonl`, then `corpus.json` with the counts and, last, `.done`. Three more splits: `phrases` has
-each word alone and two or three words cut out of train, from which the language model learns how a word sounds before
-it can find its place in a sentence. In `lively` and `lively_dev` each word has a rate and vowels of its own and pauses
-are put between words, which no text foretells: what TASTE is for.
+manifest, such as `train.jsonl`, then `corpus.json` with the counts and, last, `.done`; `settings.json` has what it was
+made with. Three more splits: `phrases` has each word alone and two or three words cut out of train, from which the
+language model learns how a word sounds before it can find its place in a sentence. In `lively` and `lively_dev` each
+word has a rate and vowels of its own and pauses are put between words, which no text foretells: what TASTE is for.
 
     apt-get update && apt-get install -y flite
-    python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work             (4 minutes)
-    python CosyVoice/examples/tiny/make_corpus.py --work-dir /tmp/work --hours 0.02 --dev 8 --test 8  (5 seconds)
+    python CosyVoice/examples/tiny/make_corpus.py --work-dir CosyVoice/examples/tiny/work               (4 minutes)
+    python CosyVoice/examples/tiny/make_corpus.py --work-dir /tmp/work --hours 0.02 --lively-hours 0.01 (1 minute)
 
 A speaker is one of flite's four voices at a pitch and a rate of its own. An interrupted run goes on where it stopped.
+Exit codes: 0 done, 1 error, 2 wrong usage, 130/143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -53,24 +53,32 @@ from grammar import SentenceMaker, sentence_key, words_of
 import taste
 from cosyvoice.utils.atomic import atomic_path, write_text
 from cosyvoice.utils.interrupt import StopRequest
+from cosyvoice.utils.settings import parse_settings
 from taste.manifest import read_manifest
 
-SPEAKERS_PER_VOICE = 11
+WORK_DIR = Path(__file__).resolve().parent / "work"  # corpus/ is made in it
+HOURS = 3.0  # speech in train
+LIVELY_HOURS = 1.0  # speech in lively; 0: none
+DEV = 100  # utterances in dev, and in lively_dev
+TEST = 200  # utterances in test
+SEED = 7  # of sentences, speakers and their order
+
+_SPEAKERS_PER_VOICE = 11
 # Of the speakers: factors on the voice's own pitch. Beyond them pocketsphinx, which judges the model, mistakes at least
 # a tenth of the words more than in the middle of the range.
-PITCH_RANGES = {"kal16": (0.98, 1.12), "awb": (0.96, 1.12), "rms": (0.98, 1.12), "slt": (0.86, 1.0)}
-RATE_RANGE = (0.78, 1.05)  # of the speakers: 1 = the voice's own rate
-RATE_JITTER = 0.03  # of an utterance, relative to its speaker's rate
-PEAK_RANGE = (0.35, 0.75)  # absolute peak of an utterance's waveform
-SECONDS_PER_CHARACTER = {"kal16": 0.0491, "awb": 0.0558, "rms": 0.0628, "slt": 0.0535}  # measured at rate 1
-EDGE_SECONDS = 0.16  # silence before and after the speech together
-PARALLEL = os.cpu_count() or 1  # flite processes at a time
-BATCH = 128  # utterances between two looks at Ctrl-C
-SPLITS = ("train", "phrases", "lively", "dev", "test", "lively_dev")
-LIVELY_SPLITS = ("lively", "lively_dev")
-READINGS_ALONE = 4  # of each word, in phrases
-PHRASES_A_SENTENCE = 0.6  # of 2 or 3 words, cut out of train's sentences
-PHRASE_WORDS = (2, 3)
+_PITCH_RANGES = {"kal16": (0.98, 1.12), "awb": (0.96, 1.12), "rms": (0.98, 1.12), "slt": (0.86, 1.0)}
+_RATE_RANGE = (0.78, 1.05)  # of the speakers: 1 = the voice's own rate
+_RATE_JITTER = 0.03  # of an utterance, relative to its speaker's rate
+_PEAK_RANGE = (0.35, 0.75)  # absolute peak of an utterance's waveform
+_SECONDS_PER_CHARACTER = {"kal16": 0.0491, "awb": 0.0558, "rms": 0.0628, "slt": 0.0535}  # measured at rate 1
+_EDGE_SECONDS = 0.16  # silence before and after the speech together
+_PARALLEL = os.cpu_count() or 1  # flite processes at a time
+_BATCH = 128  # utterances between two looks at Ctrl-C
+_SPLITS = ("train", "phrases", "lively", "dev", "test", "lively_dev")
+_LIVELY_SPLITS = ("lively", "lively_dev")
+_READINGS_ALONE = 4  # of each word, in phrases
+_PHRASES_A_SENTENCE = 0.6  # of 2 or 3 words, cut out of train's sentences
+_PHRASE_WORDS = (2, 3)
 
 
 class Speaker(NamedTuple):
@@ -112,12 +120,12 @@ def plan_speakers(seed: int) -> list[Speaker]:
     draw = random.Random(f"{seed}-speakers")
     speakers = []
     for voice in VOICES:
-        steps = [number / (SPEAKERS_PER_VOICE - 1) for number in range(SPEAKERS_PER_VOICE)]
+        steps = [number / (_SPEAKERS_PER_VOICE - 1) for number in range(_SPEAKERS_PER_VOICE)]
         rate_steps = draw.sample(steps, len(steps))
         for number, (pitch_step, rate_step) in enumerate(zip(steps, rate_steps, strict=True)):
-            lowest, highest = PITCH_RANGES[voice]
+            lowest, highest = _PITCH_RANGES[voice]
             pitch = lowest + pitch_step * (highest - lowest)
-            rate = RATE_RANGE[0] + rate_step * (RATE_RANGE[1] - RATE_RANGE[0])
+            rate = _RATE_RANGE[0] + rate_step * (_RATE_RANGE[1] - _RATE_RANGE[0])
             speakers.append(Speaker(f"{voice}-{number:02d}", voice, pitch_on_grid(pitch), round(rate, 3)))
     return speakers
 
@@ -170,7 +178,7 @@ def read_some_lively(plan: Sequence[Planned], seed: int, flite: str) -> list[Pla
     """
     lively = {
         reading.utt_id: reading
-        for split in LIVELY_SPLITS
+        for split in _LIVELY_SPLITS
         for reading in enliven(
             [planned.reading for planned in plan if planned.reading.split == split],
             random.Random(f"{seed}-{split}-words"),
@@ -191,10 +199,10 @@ def cut_phrases(sentences: Sequence[str], seed: int) -> list[str]:
         the phrases in random order, with a capital first letter and a full stop.
     """
     draw = random.Random(f"{seed}-phrases")
-    phrases = sorted({word for text in sentences for word in words_of(text)}) * READINGS_ALONE
-    for text in draw.sample(sentences, round(PHRASES_A_SENTENCE * len(sentences))):
+    phrases = sorted({word for text in sentences for word in words_of(text)}) * _READINGS_ALONE
+    for text in draw.sample(sentences, round(_PHRASES_A_SENTENCE * len(sentences))):
         words = text.rstrip(".?").split()
-        length = min(draw.randint(*PHRASE_WORDS), len(words))
+        length = min(draw.randint(*_PHRASE_WORDS), len(words))
         first = draw.randint(0, len(words) - length)
         phrases.append(" ".join(words[first : first + length]).rstrip(","))
     draw.shuffle(phrases)
@@ -218,11 +226,11 @@ def _read_in_turns(
         round_of_speakers = round_of_speakers or draw.sample(speakers, len(speakers))
         speaker = round_of_speakers.pop()
         text = next_text()
-        rate = round(speaker.rate * draw.uniform(1 - RATE_JITTER, 1 + RATE_JITTER), 3)
+        rate = round(speaker.rate * draw.uniform(1 - _RATE_JITTER, 1 + _RATE_JITTER), 3)
         utt_id = f"{speaker.speaker_id}-{split}-{number:05d}"
-        peak = round(draw.uniform(*PEAK_RANGE), 2)
+        peak = round(draw.uniform(*_PEAK_RANGE), 2)
         yield Planned(speaker.speaker_id, Reading(split, utt_id, speaker.voice, text, rate, speaker.pitch, peak))
-        seconds -= len(text) * SECONDS_PER_CHARACTER[speaker.voice] / rate + EDGE_SECONDS
+        seconds -= len(text) * _SECONDS_PER_CHARACTER[speaker.voice] / rate + _EDGE_SECONDS
 
 
 def audio_path(corpus: Path, planned: Planned) -> Path:
@@ -258,9 +266,9 @@ def make_recordings(corpus: Path, plan: Sequence[Planned], flite: str) -> dict[s
         phones = tuple(f"{phone}:{end:.3f}" for phone, end in speech.phones)
         return Made(round(len(speech.waveform) / SAMPLE_RATE_HZ, 4), phones)
 
-    with StopRequest() as stop, ThreadPoolExecutor(PARALLEL) as pool, tqdm(total=len(missing), unit="utt") as bar:
-        for start in range(0, len(missing), BATCH):
-            batch = missing[start : start + BATCH]
+    with StopRequest() as stop, ThreadPoolExecutor(_PARALLEL) as pool, tqdm(total=len(missing), unit="utt") as bar:
+        for start in range(0, len(missing), _BATCH):
+            batch = missing[start : start + _BATCH]
             with notes.open("a", encoding="utf-8") as file:
                 for planned, result in zip(batch, pool.map(make, batch), strict=True):
                     made[planned.reading.utt_id] = result
@@ -291,7 +299,7 @@ def write_lists(corpus: Path, plan: Sequence[Planned], made: dict[str, Made]) ->
         plan: the utterances.
         made: the notes on them.
     """
-    for split in SPLITS:
+    for split in _SPLITS:
         items = sorted((item for item in plan if item.reading.split == split), key=lambda item: item.reading.utt_id)
         by_speaker: dict[str, list[str]] = {}
         for item in items:
@@ -331,7 +339,7 @@ def describe(plan: Sequence[Planned], made: dict[str, Made]) -> dict[str, Any]:
         speakers, and for each split hours, utterances, words, vocabulary, how often the rarest words come, and phones.
     """
     counts: dict[str, Any] = {"speakers": len({item.speaker_id for item in plan}), "voices": list(VOICES)}
-    for split in SPLITS:
+    for split in _SPLITS:
         items = [item.reading for item in plan if item.reading.split == split]
         words = Counter(word for item in items for word in words_of(item.text))
         pairs = {pair for item in items for pair in pairwise(words_of(item.text))}
@@ -375,29 +383,24 @@ def claim_folder(corpus: Path, plan: Sequence[Planned]) -> None:
     write_text(mark, fingerprint + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and make the corpus; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = Path(__file__).resolve().parent / "work"
-    parser.add_argument("--work-dir", "--work_dir", type=Path, default=default_dir, help="the corpus goes to corpus/")
-    parser.add_argument("--hours", type=float, default=3.0, help="speech in train")
-    parser.add_argument("--lively-hours", "--lively_hours", type=float, default=1.0, help="speech in lively; 0: none")
-    parser.add_argument("--dev", type=int, default=100, help="utterances in dev, and in lively_dev")
-    parser.add_argument("--test", type=int, default=200, help="utterances in test")
-    parser.add_argument("--seed", type=int, default=7, help="of sentences, speakers and their order")
-    args = parser.parse_args(argv)
-    if args.hours <= 0 or args.lively_hours < 0 or args.dev < 1 or args.test < 1:
-        parser.error("--hours, --dev and --test must be positive, and --lively-hours not negative")
-    corpus = args.work_dir / "corpus"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    settings = parse_settings(__file__, globals(), argv)
+    if settings.hours <= 0 or settings.lively_hours < 0 or settings.dev < 1 or settings.test < 1:
+        print("error: --hours, --dev and --test must be positive, and --lively-hours not negative", file=sys.stderr)
+        return 2
+    corpus = settings.work_dir / "corpus"
+    print(f"settings of {corpus}:\n{settings.describe()}\n", flush=True)
     try:
         flite = find_flite()
         demo = [
             item.text for split in ("train", "test") for item in read_manifest(taste.REPOSITORY / f"json/{split}.jsonl")
         ]
-        plan = plan_corpus(args.hours, args.lively_hours, args.dev, args.test, args.seed, demo)
+        plan = plan_corpus(settings.hours, settings.lively_hours, settings.dev, settings.test, settings.seed, demo)
         assert not {sentence_key(text) for text in demo} & {sentence_key(item.reading.text) for item in plan}
-        plan = read_some_lively(plan, args.seed, flite)
+        plan = read_some_lively(plan, settings.seed, flite)
         claim_folder(corpus, plan)
+        settings.save(corpus / "settings.json")
         made = make_recordings(corpus, plan, flite)
     except Interrupted as interrupted:
         print(f"stopped; the same command goes on: {len(_read_notes(corpus / 'made.tsv'))} utterances are made")
@@ -411,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     write_lists(corpus, plan, made)
     counts = describe(plan, made)
     write_text(corpus / "corpus.json", json.dumps(counts, indent=1) + "\n")
-    for split in SPLITS:
+    for split in _SPLITS:
         print(f"{split}: " + ", ".join(f"{counts[split][key]} {key}" for key in ("utterances", "hours", "vocabulary")))
     write_text(corpus / ".done", "complete\n")
     print(f"{counts['speakers']} speakers; the counts are in {corpus / 'corpus.json'}")
@@ -419,4 +422,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -5,20 +5,19 @@ mono) and the manifests `json/train.jsonl` (60 utterances) and `json/test.jsonl`
 occurs in train). The corpus is committed; this script is only needed to make it again:
 
     apt-get update && apt-get install -y flite
-    python CosyVoice/examples/tiny/make_demo_corpus.py --output-dir json
+    python CosyVoice/examples/tiny/make_demo_corpus.py --output-dir json                              (10 seconds)
 
 Every utterance has its own pitch, and every word its own rate and vowels, drawn from `--seed` (see `flite_speech.py`):
 as with people, and not as with flite, the text does not say how its words sound. The samples depend on the seed and
-flite's version only.
+flite's version only. Exit codes: 0 done, 1 error, 2 unknown flag.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import soundfile
@@ -37,13 +36,18 @@ from flite_speech import (
 )
 
 import taste
+from cosyvoice.utils.atomic import write_text
+from cosyvoice.utils.settings import Settings, run_script
 
-RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
-PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
-PEAK_RANGE = (0.35, 0.75)  # absolute peak of the waveform
-MAX_CORPUS_BYTES = 5_000_000
+OUTPUT_DIR = taste.REPOSITORY / "json"  # folder of the manifests; the recordings go to its demo_audio/
+SEED = 7  # of rates, pitches and levels
 
-TRAIN_SENTENCES = (
+_RATE_RANGE = (0.82, 1.00)  # speaking rate, 1 = the voice's own (flite is a fast reader)
+_PITCH_RANGE = (0.92, 1.08)  # factor on the voice's own pitch
+_PEAK_RANGE = (0.35, 0.75)  # absolute peak of the waveform
+_MAX_CORPUS_BYTES = 5_000_000
+
+_TRAIN_SENTENCES = (
     "The grey heron waited beside the quiet river.",
     "Please bring the blue kettle back to the kitchen.",
     "Seven small boats left the harbour before noon.",
@@ -105,7 +109,7 @@ TRAIN_SENTENCES = (
     "Vivid colours appeared in the evening sky.",
     "He rubbed his hands together to keep them warm.",
 )
-TEST_SENTENCES = (
+_TEST_SENTENCES = (
     "The old doctor lives in the house near the bridge.",
     "A thin layer of snow covered the garden wall.",
     "She closed the door and walked to the market.",
@@ -135,11 +139,11 @@ def plan_readings(seed: int) -> list[Reading]:
     """
     draw = random.Random(seed)
     readings = []
-    for split, sentences in (("train", TRAIN_SENTENCES), ("test", TEST_SENTENCES)):
+    for split, sentences in (("train", _TRAIN_SENTENCES), ("test", _TEST_SENTENCES)):
         for number, text in enumerate(sentences):
             voice = VOICES[number % len(VOICES)]
-            pitch = pitch_on_grid(draw.uniform(*PITCH_RANGE))
-            rate, peak = round(draw.uniform(*RATE_RANGE), 2), round(draw.uniform(*PEAK_RANGE), 2)
+            pitch = pitch_on_grid(draw.uniform(*_PITCH_RANGE))
+            rate, peak = round(draw.uniform(*_RATE_RANGE), 2), round(draw.uniform(*_PEAK_RANGE), 2)
             readings.append(Reading(split, f"demo-{split}-{voice}-{number:03d}", voice, text, rate, pitch, peak))
     return readings
 
@@ -156,7 +160,7 @@ def write_corpus(output_dir: Path, seed: int) -> int:
 
     Raises:
         FileNotFoundError: flite or a voice is missing.
-        ValueError: the corpus came out larger than 4 MB.
+        ValueError: the corpus came out larger than 5 MB.
     """
     flite = find_flite()
     lines: dict[str, list[str]] = {"train": [], "test": []}
@@ -177,32 +181,28 @@ def write_corpus(output_dir: Path, seed: int) -> int:
             "language": "en",
         }
         lines[reading.split].append(json.dumps(entry, ensure_ascii=False))
-    if size_bytes > MAX_CORPUS_BYTES:
-        raise ValueError(f"the corpus has {size_bytes} bytes, over {MAX_CORPUS_BYTES}: shorten or drop sentences")
+    if size_bytes > _MAX_CORPUS_BYTES:
+        raise ValueError(f"the corpus has {size_bytes} bytes, over {_MAX_CORPUS_BYTES}: shorten or drop sentences")
     for split, split_lines in lines.items():
-        manifest = output_dir / f"{split}.jsonl"
-        unfinished = manifest.with_suffix(".jsonl.tmp")
-        unfinished.write_text("\n".join(split_lines) + "\n", encoding="utf-8")
-        os.replace(unfinished, manifest)
+        write_text(output_dir / f"{split}.jsonl", "\n".join(split_lines) + "\n")
     return size_bytes
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and make the corpus; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_dir = taste.REPOSITORY / "json"
-    parser.add_argument("--output-dir", "--output_dir", type=Path, default=default_dir, help="folder of the manifests")
-    parser.add_argument("--seed", type=int, default=7, help="of rates, pitches and levels")
-    args = parser.parse_args(argv)
-    try:
-        size_bytes = write_corpus(args.output_dir, args.seed)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{len(TRAIN_SENTENCES)} train and {len(TEST_SENTENCES)} test utterances, {size_bytes / 1e6:.2f} MB")
-    print(f"next: python utt2text_and_feature.py --jsonl {args.output_dir / 'train.jsonl'}")
-    return 0
+def run(settings: Settings) -> None:
+    """Make the corpus and say what comes next.
+
+    Args:
+        settings: OUTPUT_DIR and SEED.
+    """
+    size_bytes = write_corpus(settings.output_dir, settings.seed)
+    print(f"{len(_TRAIN_SENTENCES)} train and {len(_TEST_SENTENCES)} test utterances, {size_bytes / 1e6:.2f} MB")
+    print(f"next: python utt2text_and_feature.py --jsonl {settings.output_dir / 'train.jsonl'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    return run_script(__file__, globals(), run, argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

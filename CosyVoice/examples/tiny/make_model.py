@@ -7,11 +7,11 @@ In: the sizes' training configurations (conf/cosyvoice.yaml), and the demo corpu
 are scaled. Out: cosyvoice.yaml, llm.pt, flow.pt, hift.pt,
 campplus.onnx, speech_tokenizer_v1.onnx, spk2info.pt, whisper/ and a README.md that says what the folder is. The 300m
 folder has the published shapes and stands in for weights that cannot be had; it says nothing anyone could understand.
+Exit codes: 0 done, 1 error, 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import string
@@ -37,18 +37,25 @@ import taste
 from cosyvoice.utils.audio import speaker_fbank, whisper_log_mel
 from cosyvoice.utils.config import load_config, read_config
 from cosyvoice.utils.onnx_session import OnnxSession
+from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
+from cosyvoice.utils.settings import Settings, run_script
 from taste.audio import read_audio
 from taste.manifest import Utterance, read_manifest
 from taste.s3_units import HEAD_WIDTH
 
-EXAMPLES = taste.REPOSITORY / "CosyVoice" / "examples"
-README_TEMPLATE = Path(__file__).with_name("model_readme.md.in")
-PARTS = ("llm", "flow", "hift")
-SAMPLE_RATE_HZ = 16_000
-MEL_BINS = 128
-S3_POSITIONS = 1500  # 30 s
-OUTPUT_HEAD_STD = 0.02  # the language model starts near a uniform guess, ln 4097 = 8.32
-SPECIAL_TOKENS = 8  # vocabulary of the tiny Whisper, whose decoder is never used
+SIZE = "tiny"  # tiny (30 MB), 300m (the published sizes)
+OUTPUT = taste.REPOSITORY / "CosyVoice-tiny"  # folder to make
+SEED = 0  # of every random number
+MANIFEST = taste.REPOSITORY / "json" / "train.jsonl"  # recordings that the encoders are scaled to
+OVERWRITE = False  # replace OUTPUT if it exists
+
+_EXAMPLES = taste.REPOSITORY / "CosyVoice" / "examples"
+_README_TEMPLATE = Path(__file__).with_name("model_readme.md.in")
+_PARTS = ("llm", "flow", "hift")
+_MEL_BINS = 128
+_S3_POSITIONS = 1500  # 30 s
+_OUTPUT_HEAD_STD = 0.02  # the language model starts near a uniform guess, ln 4097 = 8.32
+_SPECIAL_TOKENS = 8  # vocabulary of the tiny Whisper, whose decoder is never used
 
 
 @dataclass(frozen=True)
@@ -67,20 +74,20 @@ class ModelSize:
     half_on_disk: bool  # .pt files in float16
 
 
-TINY = ModelSize(
-    config=EXAMPLES / "tiny" / "conf" / "cosyvoice.yaml",
+_TINY = ModelSize(
+    config=_EXAMPLES / "tiny" / "conf" / "cosyvoice.yaml",
     s3_width=128,
     s3_layers=3,
     whisper_width=128,
     whisper_heads=4,
     whisper_encoder_layers=8,
     whisper_decoder_layers=1,
-    whisper_tokens=SPECIAL_TOKENS,
+    whisper_tokens=_SPECIAL_TOKENS,
     fitting_utterances=60,
     half_on_disk=True,
 )
-FULL = ModelSize(
-    config=EXAMPLES / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
+_FULL = ModelSize(
+    config=_EXAMPLES / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
     s3_width=1280,
     s3_layers=6,
     whisper_width=1280,
@@ -91,7 +98,7 @@ FULL = ModelSize(
     fitting_utterances=8,
     half_on_disk=False,
 )
-SIZES = {"tiny": TINY, "300m": FULL}
+_SIZES = {"tiny": _TINY, "300m": _FULL}
 
 
 def build_folder(output: Path, size_name: str, seed: int, manifest: Path) -> None:
@@ -99,19 +106,19 @@ def build_folder(output: Path, size_name: str, seed: int, manifest: Path) -> Non
 
     Args:
         output: an empty folder.
-        size_name: a key of `SIZES`.
+        size_name: a key of `_SIZES`.
         seed: of every random number.
         manifest: recordings that the encoders are scaled to, and whose speakers go into spk2info.pt.
     """
-    size = SIZES[size_name]
+    size = _SIZES[size_name]
     utterances = read_manifest(manifest)
-    waveforms = [read_audio(utterance.audio_path, SAMPLE_RATE_HZ).waveform for utterance in utterances]
-    mels = [whisper_log_mel(waveform, MEL_BINS) for waveform in waveforms[: size.fitting_utterances]]
+    waveforms = [read_audio(utterance.audio_path, SPEECH_SAMPLE_RATE_HZ).waveform for utterance in utterances]
+    mels = [whisper_log_mel(waveform, _MEL_BINS) for waveform in waveforms[: size.fitting_utterances]]
 
     write_config(output / "cosyvoice.yaml", size_name, size)
     write_speech_tokenizer(output / "speech_tokenizer_v1.onnx", size, mels, seed)
     write_speakers(output, utterances, waveforms, seed)
-    for part in PARTS:
+    for part in _PARTS:
         write_part(output, part, size, seed)
     write_whisper(output / "whisper", size, mels, seed)
 
@@ -124,9 +131,9 @@ def write_config(path: Path, size_name: str, size: ModelSize) -> None:
 
 def write_readme(path: Path, size_name: str, seed: int, output: str) -> None:
     """Fill the template of the folder's README."""
-    size = SIZES[size_name]
+    size = _SIZES[size_name]
     dtype = "float16" if size.half_on_disk else "float32"
-    template = string.Template(README_TEMPLATE.read_text(encoding="utf-8"))
+    template = string.Template(_README_TEMPLATE.read_text(encoding="utf-8"))
     values = asdict(size) | {"size": size_name, "seed": seed, "output": output, "codes": FITTED_CODES, "dtype": dtype}
     path.write_text(template.substitute(values), encoding="utf-8")
 
@@ -135,8 +142,8 @@ def write_speech_tokenizer(path: Path, size: ModelSize, mels: Sequence[Tensor], 
     """Seed an S3 tokenizer, fit it to log-mels [128, T], and write its graph."""
     codes = read_config(size.config, ["flow"])["flow"].arguments["vocab_size"]
     config = ModelConfig(
-        n_mels=MEL_BINS,
-        n_audio_ctx=S3_POSITIONS,
+        n_mels=_MEL_BINS,
+        n_audio_ctx=_S3_POSITIONS,
         n_audio_state=size.s3_width,
         n_audio_head=size.s3_width // HEAD_WIDTH,
         n_audio_layer=size.s3_layers,
@@ -165,7 +172,7 @@ def write_part(output: Path, part: str, size: ModelSize, seed: int) -> None:
     torch.manual_seed(seed)
     module: nn.Module = load_config(output / "cosyvoice.yaml", [part])[part]
     if part == "llm":
-        nn.init.normal_(module.llm_decoder.weight, std=OUTPUT_HEAD_STD)
+        nn.init.normal_(module.llm_decoder.weight, std=_OUTPUT_HEAD_STD)
         nn.init.zeros_(module.llm_decoder.bias)
     weights = module.state_dict()
     if size.half_on_disk:
@@ -177,13 +184,13 @@ def write_whisper(folder: Path, size: ModelSize, mels: Sequence[Tensor], seed: i
     """Write a Whisper in transformers' format, float16 as released, its front scaled to log-mels [128, T]."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    if size.whisper_tokens > SPECIAL_TOKENS:
+    if size.whisper_tokens > _SPECIAL_TOKENS:
         special = {"bos_token_id": 50257, "eos_token_id": 50257, "pad_token_id": 50256, "decoder_start_token_id": 50258}
     else:
         special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2}
     config = WhisperConfig(
         vocab_size=size.whisper_tokens,
-        num_mel_bins=MEL_BINS,
+        num_mel_bins=_MEL_BINS,
         d_model=size.whisper_width,
         encoder_layers=size.whisper_encoder_layers,
         encoder_attention_heads=size.whisper_heads,
@@ -203,24 +210,27 @@ def write_whisper(folder: Path, size: ModelSize, mels: Sequence[Tensor], seed: i
     seed_convolutions(encoder.conv1, encoder.conv2, mels, WHISPER_STATE_SCALE, generator)
     model.save_pretrained(folder, max_shard_size="10GB")  # one file, as released
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner only
-    WhisperFeatureExtractor(feature_size=MEL_BINS).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=_MEL_BINS).save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and build the folder; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="tiny (30 MB) or 300m (the published sizes)")
-    parser.add_argument("--output", type=Path, default=taste.REPOSITORY / "CosyVoice-tiny", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of every random number")
-    parser.add_argument(
-        "--manifest", type=Path, default=taste.REPOSITORY / "json" / "train.jsonl", help="recordings to fit"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    args = parser.parse_args(argv)
-    output = args.output.resolve()
-    if output.exists() and not args.overwrite:
-        print(f"error: {output} exists; choose another --output, or add --overwrite to replace it", file=sys.stderr)
-        return 1
+def run(settings: Settings) -> int:
+    """Build the folder beside its place, and put it there.
+
+    Args:
+        settings: the script's constants.
+
+    Returns:
+        the exit code: 0, or 2 for a size that there is not.
+
+    Raises:
+        OSError, ValueError: the message is for the person at the keyboard; what stood in the folder's place still does.
+    """
+    if settings.size not in _SIZES:
+        print(f"error: --size is {settings.size!r}; expected one of {', '.join(_SIZES)}", file=sys.stderr)
+        return 2
+    output = settings.output.resolve()
+    if output.exists() and not settings.overwrite:
+        raise FileExistsError(f"{output} exists; choose another --output, or add --overwrite to replace it")
 
     torch.set_num_threads(1)  # sums, and so the weights, do not depend on the number of cores
     started = time.monotonic()
@@ -228,22 +238,24 @@ def main(argv: list[str] | None = None) -> int:
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        build_folder(unfinished, args.size, args.seed, args.manifest)
-        write_readme(unfinished / "README.md", args.size, args.seed, args.output.name)
+        build_folder(unfinished, settings.size, settings.seed, settings.manifest)
+        write_readme(unfinished / "README.md", settings.size, settings.seed, settings.output.name)
         if output.exists():
             output.rename(replaced)
         unfinished.rename(output)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     size_bytes = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output}: {size_bytes / 1e6:.1f} MB in {time.monotonic() - started:.0f} s")
-    print(f"next: python setup_cosyvoice.py --model-dir {args.output} --verify-only --deep-verify")
+    print(f"next: python setup_cosyvoice.py --model-dir {settings.output} --verify-only --deep-verify")
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the constants above, as the command line changes them; return the exit code."""
+    return run_script(__file__, globals(), run, argv)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -79,15 +79,13 @@ make_corpus() {
 }
 
 train_tokenizer() {
-    local device="$DEVICE" find_device='from cosyvoice.utils.settings import pick_device; print(pick_device("auto"))'
-    [[ "$device" != auto ]] || device="$("$PYTHON" -c "$find_device")"
     needs 0 "$CORPUS"/{train,dev,test}/{wav.scp,phones}
     gives "$S3_TOKENIZER"
     clears "$WORK_DIR/s3_tokenizer"
     FLAGS=()
     flag --epochs "$TOKENIZER_EPOCHS"
     flag --open-epochs "$OPEN_EPOCHS"
-    how --num-threads "$NUM_THREADS" --device "$device"
+    how --num-threads "$NUM_THREADS" --device "$DEVICE"
     step stage1 "$PYTHON" "$HERE/train_s3_tokenizer.py" --work-dir "$WORK_DIR" "${FLAGS[@]}"
 }
 
