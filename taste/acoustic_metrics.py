@@ -10,13 +10,14 @@ from torchaudio.functional import create_dct
 
 from cosyvoice.dataset.pitch import pitch
 from cosyvoice.utils.audio import mel_spectrogram
+from cosyvoice.utils.rates import MEL_HOP_SAMPLES, MEL_SAMPLE_RATE_HZ
 from taste.listening import SHORTEST_SOUND_SECONDS
 from taste.threads import torch_threads_kept
 
 # N samples   F mel frames, 86.13 Hz   M mel bands   C mel cepstra   P steps of an alignment
 
-HOP_SECONDS = 256 / 22_050  # the model's mel frame, and the one that `pitch` has its costs for
-WINDOW_SECONDS = 1024 / 22_050
+HOP_SECONDS = MEL_HOP_SAMPLES / MEL_SAMPLE_RATE_HZ  # the model's mel frame, and the one that `pitch` has its costs for
+WINDOW_SECONDS = 4 * HOP_SECONDS
 MEL_BANDS = 80
 HIGHEST_MEL_HZ = 8000.0
 CEPSTRA = 24  # of the mel spectrum's shape; the one of its loudness is left out

@@ -14,9 +14,9 @@ from taste.batch import collate
 from taste.code_statistics import collapse_warning, describe_codes
 from taste.controls import controls_of
 from taste.data import UtteranceDataset
+from taste.evaluation import evaluate, sum_over_processes
 from taste.model import CosyVoiceS3Model
 from taste.progress_bar import progress_bar
-from taste.scoring import evaluate, sum_over_processes
 from taste.words import word_spans
 
 if TYPE_CHECKING:

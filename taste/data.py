@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from cosyvoice.utils.model_dir import ModelSizes
 from cosyvoice.utils.rates import WHISPER_FRAMES_PER_SECOND
 from taste.batch import Example
-from taste.split_features import WORD_FIELDS, FeaturePaths, Features, open_split
+from taste.feature_set import WORD_FIELDS, FeaturePaths, Features, open_split
 from taste.utterance_selection import Selection, select_utterances
 
 # T text tokens   A Whisper frames, 50 Hz   S S3 units, 50 Hz   D channels

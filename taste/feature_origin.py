@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cosyvoice.utils.model_dir import SPEAKER_MODEL_FILE, SPEECH_TOKENIZER_FILE, ModelDir, text_embedding_table
 from cosyvoice.utils.provenance import changed_models, digest, file_digest, noted_models
-from taste.split_features import FeaturePaths
+from taste.feature_set import FeaturePaths
 
 # by their names in the notes
 _FILES = {"speech_tokenizer": SPEECH_TOKENIZER_FILE, "speaker_model": SPEAKER_MODEL_FILE}

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from taste.batch import Batch, collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import halved
+from taste.evaluation import precision_of, sum_over_processes
 from taste.scores import Scores, Totals
-from taste.scoring import precision_of, sum_over_processes
 
 
 class GradientAccumulator:
-    """Adds up the gradients of a step's batches.
+    """Adds up the gradients of a step's batches; then the step is taken, or forgotten.
 
     The loss is averaged over all targets of all batches in all processes: how utterances are spread over batches and
     processes changes nothing but rounding. The quantizer's own loss, averaged over all words, is added; its codebooks
@@ -47,7 +47,7 @@ class GradientAccumulator:
     ) -> None:
         self.model, self.quantizer, self.optimizer = model, quantizer, optimizer
         self.dataset, self.accelerator, self.seed = dataset, accelerator, seed
-        self._codebooks: dict[str, Tensor] = {}  # as they were before the step
+        self._codebooks: dict[str, Tensor] | None = None  # as they were before the step; None: no step is open
         self._told_of_parts = False
 
     def load(self, batch: list[int]) -> Batch:
@@ -64,6 +64,8 @@ class GradientAccumulator:
     def add_up(self, batches: list[Batch], numbers: list[list[int]], step: int) -> tuple[Totals, list[str]]:
         """Compute the gradient of the loss of a target, and of a word, over a step's targets and words.
 
+        This opens a step, which `take_step` or `forget` ends before the next.
+
         What does not fit in memory is tried again in smaller and smaller batches. The result is that of whole batches
         but for rounding, dropout and the moving averages of codebooks.
 
@@ -79,12 +81,13 @@ class GradientAccumulator:
             ValueError: not even one utterance fits in the device's memory.
             torch.OutOfMemoryError: a batch does not fit, and there are several processes.
         """
+        assert self._codebooks is None, "the step before was neither taken nor forgotten"
         self.model.train()
-        if self.quantizer is not None:
-            self._codebooks = {name: values.clone() for name, values in self.quantizer.state_dict().items()}
         whole = rows = max(map(len, numbers))
         longest = max(self.dataset.lengths[number] for batch in numbers for number in batch)
         while True:
+            state = {} if self.quantizer is None else self.quantizer.state_dict()
+            self._codebooks = {name: values.clone() for name, values in state.items()}
             _seed_step(self.seed, step, self.accelerator.process_index)
             try:
                 found = self._add_up_whole(batches)
@@ -114,11 +117,23 @@ class GradientAccumulator:
             )
         return found
 
+    def take_step(self) -> None:
+        """Let the weights follow what was added up, once after `add_up`."""
+        assert self._codebooks is not None, "no step is open: what was added up has been taken or forgotten"
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._codebooks = None
+
     def forget(self) -> None:
-        """Leave nothing of what was added up last, neither gradients nor what the codebooks followed."""
+        """Leave nothing of what was added up, neither gradients nor what the codebooks followed.
+
+        Once after `add_up`, in place of `take_step`.
+        """
+        assert self._codebooks is not None, "no step is open: what was added up has been taken or forgotten"
         self.optimizer.zero_grad()
         if self.quantizer is not None:
             self.quantizer.load_state_dict(self._codebooks)
+        self._codebooks = None
 
     def try_memory(self, batch: list[int], step: int, accumulates: bool) -> None:
         """Compute a batch and forget it: what does not fit is told now, not after hours. Nothing of the run changes.

@@ -1,4 +1,4 @@
-"""The weights of a model that its model folder does not hold: what a checkpoint must keep."""
+"""What a checkpoint keeps of a model: the weights that training changes, or changed before."""
 
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ def load_learned_state(model: "CosyVoiceS3Model", state: dict[str, Tensor]) -> N
     own = model.state_dict()
     learned = {name for name in own if not _stays(model, name)}
     wanted = {name: value for name, value in own.items() if name in learned or name in state}
-    problems = state_difference(wanted, state).phrases("missing: {}", "unknown: {}", "{} is {}, this model has {}")
+    problems = state_difference(wanted, state).phrases()
     if problems:
         raise ValueError(
             f"the checkpoint does not fit a {model.variant!r} model with these settings:\n  "

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cosyvoice.utils.model_dir import ModelDir, read_weights
-from cosyvoice.utils.state_difference import state_difference
 from cosyvoice.utils.tensor_file import save_tensors
 from taste.checkpoint import weights_fingerprint
 from taste.model import CosyVoiceS3Model
@@ -135,9 +134,10 @@ def _difference(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
     """Why a part of the file cannot be this model's; empty where it can."""
     if not theirs:
         return f"{PARTS_FILE} has none"
-    reasons = state_difference(own, theirs).phrases(
-        missing=f"{PARTS_FILE} has no {{}}",
-        unexpected=f"{PARTS_FILE} has {{}}, this model has none",
-        reshaped="{} is {} there, {} with these settings",
-    )
-    return reasons[0] if reasons else ""
+    for name, value in own.items():
+        if name not in theirs:
+            return f"{PARTS_FILE} has no {name}"
+        if theirs[name].shape != value.shape:
+            return f"{name} is {list(theirs[name].shape)} there, {list(value.shape)} with these settings"
+    more = sorted(theirs.keys() - own.keys())
+    return f"{PARTS_FILE} has {more[0]}, this model has none" if more else ""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ, WHISPER_FRAMES_PER_SECOND
 from taste.audio import read_audio
 from taste.data import UtteranceDataset
+from taste.feature_set import Features
 from taste.official import OfficialTaste, tokenize
-from taste.split_features import Features
 from taste.unit_sequence import EXTRA_POSITIONS
 from taste.utterance_selection import Selection
 from taste.whisper_encoder import SAMPLES_PER_FRAME
@@ -58,7 +59,7 @@ class ReleasedDataset(UtteranceDataset):
         if lacking:
             raise ValueError(
                 f"a released TASTE reads texts and hears recordings, and {len(lacking)} of {len(dataset)} utterances "
-                f"have no {' or no '.join(NEEDED)} in their utt2info file: {', '.join(lacking[:SHOWN_IDS])}. Make it "
+                f"have no {' or no '.join(NEEDED)} in their utt2info file: {abridge(lacking, SHOWN_IDS)}. Make it "
                 "again: python utt2text_and_feature.py --model-dir <folder> --jsonl <manifest>"
             )
         info, lengths = {}, []

@@ -31,7 +31,8 @@ def check_same_sizes(model: CosyVoiceS3Model, folder: str | Path, model_dir: str
         "LM width": (there.lm_width, model.llm.llm_input_size),
         "S3 units": (there.speech_vocab, model.llm.speech_token_size),
         "speaker width": (there.spk_width, model.llm.spk_embed_affine_layer.in_features),
-        "S3 units a second": (there.token_rate, S3_UNITS_PER_SECOND),  # its weights do not tell
+        # what a released TASTE learned to say; its weights do not tell
+        "S3 units a second": (there.token_rate, S3_UNITS_PER_SECOND),
     }
     differences = [f"{name} {got}, expected {wanted}" for name, (got, wanted) in pairs.items() if got != wanted]
     if differences:

@@ -12,12 +12,12 @@ from cosyvoice.utils.model_dir import get_tokenizer, sizes
 from cosyvoice.utils.output_lock import OutputLock
 from cosyvoice.utils.settings import Settings
 from taste.audio_use import listen
+from taste.evaluation import evaluate
 from taste.released_data import ReleasedDataset
 from taste.released_folder import check_same_sizes, speaker_model_warning
 from taste.run_data import open_data
 from taste.run_files import SETTINGS_FILE, holds_training, run_folder_of
 from taste.samples import show
-from taste.scoring import evaluate
 from taste.variant_run import write_results
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from taste.audio import AudioError, read_audio
 from taste.batch import collate
 from taste.data import UtteranceDataset
 from taste.epoch_plan import batches_by_length
+from taste.evaluation import feature_loader
 from taste.generation import Generated, Sampling, generate
 from taste.metrics import compare_units, on_recording
 from taste.model import CosyVoiceS3Model
 from taste.plots import plot_alignment, plot_mels, plot_units
 from taste.progress_bar import progress_bar
 from taste.run_files import RESULTS_FILE
-from taste.scoring import feature_loader
 from taste.subsample import spread_evenly
 from taste.synthesis import LEAST_UNITS, UnitDecoder
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.model_dir import ModelSizes
 from cosyvoice.utils.settings import Settings
 from taste.data import UtteranceDataset, open_dataset
 from taste.feature_origin import check_origin, check_same_hearing
-from taste.split_features import FeaturePaths, features_exist
+from taste.feature_set import FeaturePaths, features_exist
 from taste.train_test_split import HELD_OUT_SEED, hold_out
 from taste.transcript_check import misfits
 from taste.variants import PARTS
@@ -112,7 +113,7 @@ def warn_of_misfits(dataset: UtteranceDataset, say: Callable[[str], None]) -> No
         if doubts := misfits(dataset.word_ids(utt_id), len(dataset.features.units[utt_id])):
             found[utt_id] = doubts[0]
     if found:
-        shown = "; ".join(f"{utt_id}: {doubt}" for utt_id, doubt in list(found.items())[:SHOWN_IDS])
+        shown = abridge([f"{utt_id}: {doubt}" for utt_id, doubt in found.items()], SHOWN_IDS, "; ")
         say(f"warning: {len(found)} transcripts may not fit their recordings; they are used all the same: {shown}")
 
 

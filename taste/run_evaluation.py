@@ -11,12 +11,12 @@ from cosyvoice.utils.settings import Settings
 from taste.build import TasteSizes
 from taste.checkpoint import Checkpoint, check_same_folder, load_checkpoint
 from taste.data import UtteranceDataset
+from taste.evaluation import evaluate
 from taste.learned_state import load_learned_state
 from taste.model import CosyVoiceS3Model
 from taste.run_data import has_test_set
 from taste.run_files import LAST_FILE, notes_of
 from taste.run_start import ORIGIN
-from taste.scoring import evaluate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.rates import SPEECH_SAMPLE_RATE_HZ
+from cosyvoice.utils.rates import S3_UNITS_PER_SECOND, SPEECH_SAMPLE_RATE_HZ
 from taste.audio import AudioError, read_audio
 
 if TYPE_CHECKING:
     from s3tokenizer.model import ModelConfig, S3Tokenizer
 
 HOP_SAMPLES = 160
-FRAMES_PER_UNIT = 2
+FRAMES_PER_UNIT = SPEECH_SAMPLE_RATE_HZ // HOP_SAMPLES // S3_UNITS_PER_SECOND
 SHORTEST_SAMPLES = HOP_SAMPLES  # one mel frame, one unit
 WINDOW_FRAMES = 3000  # 30 s, the model's positions
 OVERLAP_FRAMES = 400  # 4 s

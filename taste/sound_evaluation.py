@@ -1,7 +1,7 @@
 """The table of how close each system's sounds come to the recordings.
 
-Words are judged by `taste.asr`, the voice by the model folder's campplus.onnx, how natural it is by
-`taste.naturalness`, the rest by signal processing on the CPU.
+Words are judged by the recogniser that `taste.asr` finds, the voice by the model folder's campplus.onnx, how natural it
+is by `taste.naturalness`, the rest by signal processing on the CPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from taste.progress_bar import progress_bar
 from taste.speaker import SpeakerEncoder
 from taste.speaker_similarity import speaker_similarity
 from taste.word_durations import DurationMetrics, agreeing_words, compare_durations
-from taste.word_error import word_error
+from taste.word_error_rate import word_error_rate
 from taste.word_timing import Word
 
 # N samples
@@ -132,7 +132,7 @@ class _Collected:
         """The measures by name."""
         measures: dict[str, float | None] = {
             "utterances_with_sound": self.with_sound,
-            "word_error": word_error(self.said, self.heard, self.languages),
+            "word_error": word_error_rate(self.said, self.heard, self.languages),
         }
         if self.opinions:
             measures["utmos"] = _mean(self.opinions)

@@ -1,9 +1,11 @@
 """Some utterances of many, chosen from all of them alike."""
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from taste.batch import Example
-from taste.data import UtteranceDataset
+if TYPE_CHECKING:
+    from taste.batch import Example
+    from taste.data import UtteranceDataset
 
 
 def spread_evenly(count: int, wanted: int) -> list[int]:
@@ -21,8 +23,8 @@ def spread_evenly(count: int, wanted: int) -> list[int]:
 
 
 def finite_examples(
-    dataset: UtteranceDataset, wanted: int, say: Callable[[str], None], consequence: str
-) -> Iterator[tuple[int, Example]]:
+    dataset: "UtteranceDataset", wanted: int, say: Callable[[str], None], consequence: str
+) -> "Iterator[tuple[int, Example]]":
     """Utterances from all of a data set, without those whose features are no numbers, which are named.
 
     Args:

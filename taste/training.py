@@ -20,17 +20,19 @@ from taste.batch import Batch
 from taste.checkpoint import Checkpoint, frozen_fingerprint, save_checkpoint
 from taste.data import UtteranceDataset
 from taste.epoch_plan import EpochPlan, most_demanding
+from taste.evaluation import SHOWN_UTTERANCES, evaluate, feature_loader, sum_over_processes
 from taste.gradient_accumulation import GradientAccumulator
 from taste.learned_state import learned_state, load_learned_state
+from taste.lr_schedule import share_of_peak
 from taste.model import CosyVoiceS3Model
-from taste.optimizer import ADAM_BETAS, parameter_groups, share_of_peak
+from taste.parameter_groups import parameter_groups
 from taste.progress_bar import progress_bar
 from taste.run_files import STEPS_FILE, best_checkpoint, last_checkpoint
 from taste.scores import Totals
-from taste.scoring import SHOWN_UTTERANCES, evaluate, feature_loader, sum_over_processes
 from taste.train_state import Progress, StepRecord
 from taste.training_config import TrainingConfig
 
+ADAM_BETAS = (0.9, 0.98)
 MOST_SKIPPED_STEPS = 5  # in a row, whose loss or gradient is no number; at so many the training has failed
 
 
@@ -240,8 +242,7 @@ class Trainer:
             utt_ids = [self.train_set.utt_ids[number] for batch in numbers for number in batch]
             self._note_skipped(totals, gradient_norm, gather_object(spoiled) or gather_object(utt_ids))
             return totals
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.gradients.take_step()
         progress.skipped_in_a_row = 0
         progress.epoch_totals += totals
         if accelerator.is_main_process:

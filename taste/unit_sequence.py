@@ -78,18 +78,18 @@ def join_units(prefix: Prefix, units: Tensor, unit_lengths: Tensor) -> Joined:
     return Joined(joined.masked_fill((place >= lengths[:, None])[:, :, None], 0.0), lengths)
 
 
-def at_targets(states: Tensor, prefix_lengths: Tensor, targets: int) -> Tensor:
+def at_targets(states: Tensor, prefix_lengths: Tensor, num_targets: int) -> Tensor:
     """The states that predict something: those of `[task]` and of every unit.
 
     Args:
         states: of all positions, [B, L, D].
         prefix_lengths: [B], int64.
-        targets: how many of each row, S + 1.
+        num_targets: how many of each row, S + 1.
 
     Returns:
         [B, S+1, D]: place k predicts unit k, place n of a row of n units EOS; places behind that mean nothing.
     """
-    place = torch.arange(targets, device=states.device)
+    place = torch.arange(num_targets, device=states.device)
     positions = (prefix_lengths[:, None] - 1 + place).clamp(max=states.shape[1] - 1)  # [B, S+1]; [task] is first
     return states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[-1]))
 

@@ -7,7 +7,7 @@ import torch
 from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.model_dir import ModelSizes
 from cosyvoice.utils.rates import S3_UNITS_PER_SECOND
-from taste.split_features import WORD_FIELDS, Features
+from taste.feature_set import WORD_FIELDS, Features
 from taste.unit_sequence import EXTRA_POSITIONS, MAX_LM_POSITIONS
 from taste.utterance_ids import common_ids
 

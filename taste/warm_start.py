@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.utils.state_difference import StateDifference, state_difference
+from cosyvoice.utils.state_difference import state_difference
 from taste.checkpoint import load_checkpoint, weights_fingerprint
 from taste.learned_state import learned_state, load_learned_state
 from taste.model import CosyVoiceS3Model
@@ -62,11 +62,15 @@ def start_from(model: CosyVoiceS3Model, path: Path) -> dict[str, Any]:
     new_parts = sorted(own_parts - their_parts - {PRETRAINED_PART})
     problems = [f"only in the checkpoint: {part}" for part in sorted(their_parts - own_parts)]
     difference = state_difference(own, weights)
-    problems += StateDifference(
-        missing=sorted(name for name in difference.missing if part_of(name) not in (PRETRAINED_PART, *new_parts)),
-        unexpected=sorted(name for name in difference.unexpected if part_of(name) in own_parts),
-        reshaped=sorted(difference.reshaped),
-    ).phrases("only in this model: {}", "only in the checkpoint: {}", "{} is {}, this model has {}")
+    problems += [
+        f"only in the checkpoint: {name}" for name in sorted(difference.unexpected) if part_of(name) in own_parts
+    ]
+    problems += [
+        f"only in this model: {name}"
+        for name in sorted(difference.missing)
+        if part_of(name) not in (PRETRAINED_PART, *new_parts)
+    ]
+    problems += [f"{name} is {theirs}, this model has {ours}" for name, theirs, ours in sorted(difference.reshaped)]
     left_to_folder = {name: own[name] for name in difference.missing if is_pretrained(name)}
     then, now = checkpoint.notes["frozen_weights"], weights_fingerprint(left_to_folder)
     if not problems and then != now:

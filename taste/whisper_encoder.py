@@ -159,8 +159,7 @@ def _build_encoder(folder: Path, config: "WhisperConfig", weights: dict[str, Ten
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         encoder = TransformersEncoder(config)
-    difference = state_difference(encoder.state_dict(), weights)
-    problems = difference.phrases(reshaped="{} has the shape {}, expected {}")
+    problems = state_difference(encoder.state_dict(), weights).phrases()
     if problems:
         shown = abridge(problems, SHOWN_KEYS, "; ")
         raise ValueError(f"the weights in {folder} do not fit its config.json, {len(problems)} keys: {shown}")

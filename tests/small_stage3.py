@@ -13,9 +13,9 @@ from taste.aggregator import SimpleTextSpeechAggregator
 from taste.batch import Batch, Example, collate
 from taste.build import TasteSizes, taste_parts
 from taste.data import UtteranceDataset, open_dataset
+from taste.feature_set import FeaturePaths
 from taste.fitted_taste import start_quantizer
 from taste.model import CosyVoiceS3Model
-from taste.split_features import FeaturePaths
 
 GOLDEN_LLM = Path(__file__).parent / "golden" / "small_llm.pt"
 SIZES = ModelSizes(

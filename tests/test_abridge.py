@@ -8,7 +8,7 @@ from cosyvoice.utils.abridge import abridge
     [
         ([], ", ", ""),
         (["a", "b"], ", ", "a, b"),
-        (["a", "b", "c", "d"], ", ", "a, b and 2 more"),
+        (["a", "b", "c", "d"], ", ", "a, b, and 2 more"),
         (["a is 1", "b is 2", "c is 3"], "; ", "a is 1; b is 2; and 1 more"),
     ],
 )

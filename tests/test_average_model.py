@@ -85,9 +85,9 @@ def test_losses_with_discriminators_are_not_compared_with_those_before(training:
         (lambda folder: (folder / "epoch_2.pt").unlink(), ["--num", "1"], "epoch_2.pt is missing"),
         (lambda folder: (folder / "epoch_2.yaml").write_text("epoch: 2\n"), ["--num", "1"], "no loss_dict.loss"),
         (
-            lambda folder: torch.save({"other": torch.zeros(1)}, folder / "epoch_2.pt"),
+            lambda folder: torch.save({"half": torch.zeros(1), "hidden": torch.zeros(1)}, folder / "epoch_2.pt"),
             ["--num", "3"],
-            "two models: 4 weights differ",
+            "two models: 4 weights differ in name or shape, counter, half, hidden, matrix first",
         ),
         (
             lambda folder: [

@@ -64,7 +64,7 @@ def test_warmupcosine_falls_with_the_share_of_time_where_the_clock_ends_the_trai
         ("cosine", {}, "there are constantlr, warmuplr"),
         ("warmuplr", {"warm": 3}, "does not fit warmuplr"),
         ("warmupcosine", {"warmup_steps": 4}, "must know where the training ends"),
-        ("warmupcosine", {"warmup_steps": 4, "total_steps": 4}, "must be under the number of steps"),
+        ("warmupcosine", {"warmup_steps": 4, "total_steps": 4}, "must be under total_steps"),
         ("NoamHoldAnnealing", {"max_steps": 9}, "one of warmup_steps and warmup_ratio"),
     ],
 )

@@ -5,8 +5,8 @@ from cosyvoice.utils.common import IGNORE_ID
 from taste.batch import NO_WORD, collate
 from taste.data import open_dataset, real_frames
 from taste.feature_reader import FeatureFileError
+from taste.feature_set import FeaturePaths, features_exist
 from taste.feature_writer import FeatureWriter
-from taste.split_features import FeaturePaths, features_exist
 from tests.small_stage3 import SIZES, random_examples, small_dataset, write_features
 
 LENGTHS = [(3, 20), (5, 12), (2, 31), (4, 8)]

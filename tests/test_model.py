@@ -255,7 +255,11 @@ def test_weights_of_another_model_are_refused_with_all_differences():
     del state["text_norm.weight"]
     with pytest.raises(ValueError) as caught:
         load_learned_state(small_model("simple", freeze_llm=True), state)
-    for part in ("missing: text_norm.weight", "unknown: no_such.weight", "input_proj.bias is [5]", "has [32]"):
+    for part in (
+        "text_norm.weight is missing",
+        "no_such.weight is unknown",
+        "input_proj.bias is [5], expected [32]",
+    ):
         assert part in str(caught.value)
 
 

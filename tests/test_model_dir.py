@@ -329,7 +329,7 @@ def test_weights_of_another_size_are_counted_and_the_first_are_listed(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items()), "nothing was loaded"
 
     torch.save({}, tmp_path / "llm.pt")
-    with pytest.raises(ValueError, match=r"9 missing: .*layer4\.weight and 4 more"):
+    with pytest.raises(ValueError, match=r"9 missing: .*layer4\.weight, and 4 more"):
         load_weights(module, tmp_path / "llm.pt")
 
 

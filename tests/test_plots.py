@@ -4,10 +4,10 @@ import torch
 from taste import plots
 from taste.batch import Example
 from taste.data import open_dataset
+from taste.feature_set import FeaturePaths
 from taste.generation import Generated
 from taste.plots import plot_alignment, plot_losses, plot_mels
 from taste.results import decode_units, draw_alignments
-from taste.split_features import FeaturePaths
 from taste.synthesis import UnitDecoder
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, random_examples, write_features

@@ -92,6 +92,16 @@ def test_a_part_of_another_size_is_left_and_so_is_what_reads_from_it(folder, cha
             assert torch.equal(value, before[name]), name
 
 
+def test_a_wrong_width_is_told_before_a_weight_too_many(folder):
+    state = torch.load(folder / PARTS_FILE, weights_only=True)
+    state["simple.input_proj.bias"] = torch.zeros(5)
+    state["simple.input_proj.surplus"] = torch.zeros(1)
+    torch.save(state, folder / PARTS_FILE)
+    model = build_model(folder, "simple", **OPTIONS)
+    reason = f"input_proj.bias is [5] there, [{len(model.input_proj.bias)}] with these settings"
+    assert take_parts(model, folder).left["input_proj"] == reason
+
+
 def test_a_quantizer_is_taken_only_beside_an_aggregator_that_began_in_the_same_file(folder):
     model = build_model(folder, "taste", **OPTIONS)
     assert take_parts(model, folder, ["quantizer"]).left == {"quantizer": "it goes with another aggregator"}

@@ -22,7 +22,7 @@ from taste.speaker import SpeakerEncoder
 from taste.speaker_similarity import speaker_similarity
 from taste.text_normalisation import normalise
 from taste.word_durations import compare_durations
-from taste.word_error import word_error
+from taste.word_error_rate import word_error_rate
 from taste.word_timing import Word
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,12 @@ def test_durations_within_the_tolerance_are_kept_wherever_the_words_lie():
     assert compared.reference_s == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(("seconds_off", "kept"), [(0.049, 3), (-0.049, 3), (0.051, 2), (-0.051, 2)])
+def test_a_duration_is_kept_just_inside_the_tolerance_and_no_more_just_outside(seconds_off, kept):
+    other = words(("the", 0.0, 0.2), ("old", 0.2, 0.5), ("house", 0.6, 1.0 + seconds_off))
+    assert compare_durations(REFERENCE, other).consistent == kept
+
+
 def test_the_published_window_leaves_out_its_edge():
     other = words(("the", 0.0, 0.22), ("old", 0.2, 0.525), ("house", 0.6, 1.03))  # 20, 25 and 30 ms longer
     compared = compare_durations(REFERENCE, other)
@@ -191,13 +197,13 @@ def test_nothing_heard_is_no_consistency_at_all():
     ],
 )
 def test_english_is_held_against_what_was_heard_in_one_spelling(said, wrote):
-    assert word_error([said], [wrote], ["en"]) == 0
-    assert word_error([said], [wrote], ["de"]) > 0
-    assert word_error([said], [wrote]) > 0
+    assert word_error_rate([said], [wrote], ["en"]) == 0
+    assert word_error_rate([said], [wrote], ["de"]) > 0
+    assert word_error_rate([said], [wrote]) > 0
 
 
 def test_characters_of_a_language_without_blanks_are_its_words():
-    assert word_error(["二十五。", "one two"], ["二十", "one"], ["zh", "en"]) == (1 + 1) / (3 + 1)  # 12, 1
+    assert word_error_rate(["二十五。", "one two"], ["二十", "one"], ["zh", "en"]) == (1 + 1) / (3 + 1)  # 12, 1
 
 
 def test_a_spelling_of_numbers_changes_no_word_that_is_timed(recordings):
@@ -209,8 +215,9 @@ def test_a_spelling_of_numbers_changes_no_word_that_is_timed(recordings):
 
 
 def test_word_error_is_that_of_the_set():
-    assert word_error(["The old house.", "One"], ["the gold house", "one two"]) == jiwer.wer("a b c d", "a x c d e")
-    assert word_error([], []) is None
+    expected = jiwer.wer("a b c d", "a x c d e")
+    assert word_error_rate(["The old house.", "One"], ["the gold house", "one two"]) == expected
+    assert word_error_rate([], []) is None
 
 
 class ScriptedRecogniser:

@@ -56,9 +56,10 @@ def utterance(speaker: str = "slt-01", **changes: Any) -> dict[str, Any]:
 
 
 def test_words_count_over_the_set_in_one_spelling(table: ModuleType) -> None:
-    assert table.word_error(["The grey heron.", "It's six o'clock!"], ["the gray heron", "it's six clock(2)"]) == 1 / 6
-    assert table.word_error(["One two."], [""]) == 1
-    assert table.word_error([], []) is None
+    said, heard = ["The grey heron.", "It's six o'clock!"], ["the gray heron", "it's six clock(2)"]
+    assert table.word_error_rate(said, heard) == 1 / 6
+    assert table.word_error_rate(["One two."], [""]) == 1
+    assert table.word_error_rate([], []) is None
 
 
 def test_measures_of_a_set(table: ModuleType) -> None:

@@ -21,8 +21,8 @@ from cosyvoice.utils.settings import parse_settings
 from taste.batch import Example, collate
 from taste.build import TasteSizes, build_model, build_together
 from taste.data import open_dataset
+from taste.feature_set import FeaturePaths
 from taste.pretrained_parts import take_parts
-from taste.split_features import FeaturePaths
 from taste.variants import VARIANTS
 from tests.small_model_folder import write_small_model_folder
 from tests.small_stage3 import SIZES, SPEECH_WIDTH, TASTE_SIZES, random_examples, small_model, write_features

@@ -17,11 +17,11 @@ from cosyvoice.utils.stops import NonFiniteLossError, RunStopped
 from taste.batch import Batch
 from taste.checkpoint import Checkpoint, code_commit, disk_warning, load_checkpoint, save_checkpoint
 from taste.data import UtteranceDataset
+from taste.evaluation import evaluate
 from taste.learned_state import learned_state, load_learned_state
+from taste.lr_schedule import share_of_peak
 from taste.model import CosyVoiceS3Model
-from taste.optimizer import share_of_peak
 from taste.scores import Totals
-from taste.scoring import evaluate
 from taste.train_state import Progress, StepRecord
 from taste.training import MOST_SKIPPED_STEPS, Trainer
 from taste.training_config import TrainingConfig
@@ -400,6 +400,20 @@ def test_nothing_is_left_of_an_attempt_that_did_not_fit(tmp_path, sets):
         trainer._train_step([trainer.gradients.load(batch) for batch in step], step)
         weights.append(learned_state(trainer.model))
     assert_same(*weights)
+
+
+@pytest.mark.parametrize("variant", ["simple", "taste"])
+def test_a_step_is_taken_or_forgotten_once(tmp_path, sets, variant):
+    gradients = make_trainer(tmp_path, sets, small_model(variant)).gradients
+    for end in (gradients.take_step, gradients.forget):
+        with pytest.raises(AssertionError, match="no step is open"):
+            end()
+        gradients.add_up([gradients.load([0])], [[0]], step=0)
+        with pytest.raises(AssertionError, match="neither taken nor forgotten"):
+            gradients.add_up([gradients.load([0])], [[0]], step=1)
+        end()
+        with pytest.raises(AssertionError, match="no step is open"):
+            gradients.forget()
 
 
 def test_one_utterance_that_does_not_fit_in_memory_ends_the_run(tmp_path, sets):

@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path, folder: Pat
     for key, change, message in (
         ("model.encoder.layers.3.fc2.bias", None, "layers.3.fc2.bias is missing"),
         ("model.encoder.extra", torch.zeros(1), "extra is unknown"),
-        ("model.encoder.conv1.bias", torch.zeros(5), r"conv1.bias has the shape \[5\], expected \[32\]"),
+        ("model.encoder.conv1.bias", torch.zeros(5), r"conv1.bias is \[5\], expected \[32\]"),
     ):
         changed = {name: tensor for name, tensor in weights.items() if name != key}
         if change is not None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.atomic import atomic_path, remove_leftovers, write_text
 from cosyvoice.utils.interrupt import StopRequest
 from cosyvoice.utils.output_lock import OutputLock
@@ -164,8 +165,8 @@ def read_rows(source: Path, skip_incomplete: bool) -> list[dict[str, Any]]:
         if not absent:
             rows.append({"utt": utt, **{name: _plain(value) for name, value in values.items()}})
     problems = [
-        f"{len(utts)} of {len(recordings)} utterances have no {name} ({', '.join(utts[:_NAMED_IN_MESSAGES])}"
-        f"{', ...' if len(utts) > _NAMED_IN_MESSAGES else ''}): {_NEXT_STEP[name]}"
+        f"{len(utts)} of {len(recordings)} utterances have no {name} ({abridge(utts, _NAMED_IN_MESSAGES)}): "
+        f"{_NEXT_STEP[name]}"
         for name, utts in lacking.items()
         if utts
     ]

@@ -140,7 +140,8 @@ def average(paths: Sequence[Path]) -> dict[str, Tensor]:
     sums = {name: value.float() for name, value in first.items() if value.is_floating_point()}
     for path in paths[1:]:
         weights = read_weights(path)
-        differing = state_difference(first, weights).names
+        missing, unexpected, reshaped = state_difference(first, weights)
+        differing = sorted([*missing, *unexpected, *(found.name for found in reshaped)])
         if differing:
             raise ValueError(
                 f"{path} and {paths[0]} are of two models: {len(differing)} weights differ in name or shape, "

@@ -41,6 +41,7 @@ from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.dataset import processor
 from cosyvoice.dataset.dataset import Dataset, read_data_list
 from cosyvoice.dataset.sample import REMAKE_SHARDS, Sample
+from cosyvoice.utils.abridge import abridge
 from cosyvoice.utils.atomic import atomic_path, write_json
 from cosyvoice.utils.config import ConfigError, load_config
 from cosyvoice.utils.file_utils import write_wav
@@ -153,7 +154,7 @@ def find_shards(utts: Iterable[str], data_list: str | Path, utt2data_list: str |
     absent = [utt for utt in dict.fromkeys(utts) if shard_of.get(utt) not in shards]
     if absent:
         raise ValueError(
-            f"{len(absent)} utterances of --tts_text are in no shard of {data_list}: {', '.join(absent[:_SHOWN])}; "
+            f"{len(absent)} utterances of --tts_text are in no shard of {data_list}: {abridge(absent, _SHOWN)}; "
             f"choose others ({len(shard_of)} are there, such as {next(iter(shard_of), 'none')}), or {REMAKE_SHARDS}"
         )
     return {utt: shard_of[utt] for utt in utts}

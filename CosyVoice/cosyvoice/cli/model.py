@@ -25,10 +25,9 @@ from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.common import fade_in_out
 from cosyvoice.utils.model_dir import load_weights
-from cosyvoice.utils.rates import MEL_FRAMES_PER_SECOND
+from cosyvoice.utils.rates import MEL_FRAMES_PER_SECOND, MEL_HOP_SAMPLES
 
 MEL_BINS = 80
-MEL_HOP_SAMPLES = 256
 SPEAKER_WIDTH = 192
 MAX_SPEED = 8.0  # up to here a chunk of two seconds keeps more mel frames than the vocoder's cache
 

@@ -9,10 +9,12 @@ def abridge(items: Sequence[str], most: int, separator: str = ", ") -> str:
     Args:
         items: e.g. names.
         most: how many are shown.
-        separator: stands between them, and its mark before the count, unless it is a comma.
+        separator: stands between them, and before the count.
 
     Returns:
-        such as `a, b and 3 more`; nothing of an empty list.
+        such as `a, b, and 3 more`; nothing of an empty list.
     """
-    shown = separator.join(items[:most])
-    return shown + (f"{separator.rstrip(', ')} and {len(items) - most} more" if len(items) > most else "")
+    shown = list(items[:most])
+    if len(items) > most:
+        shown.append(f"and {len(items) - most} more")
+    return separator.join(shown)

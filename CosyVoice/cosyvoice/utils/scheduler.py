@@ -165,8 +165,8 @@ class WarmupCosine(StepSchedule):
     def __init__(self, optimizer: Optimizer, total_steps: int | None, warmup_steps: int = 0) -> None:
         if total_steps is not None and total_steps <= warmup_steps:
             raise ValueError(
-                f"warmupcosine: warmup_steps ({warmup_steps}) must be under the number of steps ({total_steps}): "
-                f"give --max_steps {warmup_steps + 1} or more, or a smaller warmup_steps in the configuration"
+                f"warmupcosine: warmup_steps ({warmup_steps}) must be under total_steps ({total_steps}): lower the one "
+                "or raise the other, which is --max_steps where the configuration's scheduler_conf does not set it"
             )
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
         self.share_done = 0.0  # of the training, by the clock

@@ -21,31 +21,16 @@ class StateDifference(NamedTuple):
     unexpected: list[str]  # given, not expected
     reshaped: list[Reshaped]  # in both
 
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors that differ, sorted."""
-        return sorted([*self.missing, *self.unexpected, *(found.name for found in self.reshaped)])
-
-    def phrases(
-        self,
-        missing: str = "{} is missing",
-        unexpected: str = "{} is unknown",
-        reshaped: str = "{} is {}, expected {}",
-    ) -> list[str]:
+    def phrases(self) -> list[str]:
         """Say each difference in a few words.
-
-        Args:
-            missing: with a place for the name.
-            unexpected: likewise.
-            reshaped: with places for the name, the shape and the expected one.
 
         Returns:
             the phrases; none where all is as expected.
         """
         return [
-            *(missing.format(name) for name in self.missing),
-            *(unexpected.format(name) for name in self.unexpected),
-            *(reshaped.format(*found) for found in self.reshaped),
+            *(f"{name} is missing" for name in self.missing),
+            *(f"{name} is unknown" for name in self.unexpected),
+            *(f"{name} is {shape}, expected {expected}" for name, shape, expected in self.reshaped),
         ]
 
 

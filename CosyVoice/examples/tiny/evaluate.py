@@ -2,7 +2,7 @@
 
 In: a model folder, and a data folder of the recipe (`wav.scp`, `text`, `utt2spk`) or a .jsonl manifest. Out, in
 `--output`: `report.md`, `report.json`, `wavs/<utterance>_{original,true_units,text}.wav`, `mels/<utterance>.png`,
-`settings.json`, and the notes from which an interrupted run goes on.
+`settings.json` (of the last command), and the notes from which an interrupted run goes on.
 
     python CosyVoice/examples/tiny/evaluate.py --data-dir work/corpus/test --output exp/tiny_test
     python CosyVoice/examples/tiny/evaluate.py --manifest json/test.jsonl --output /tmp/demo_test --limit 3   (1 minute)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from taste.word_error import word_error
+from taste.word_error_rate import word_error_rate
 
 CONDITIONS = {
     "original": "original recordings",
@@ -46,7 +46,7 @@ def summarise(utterances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for condition in CONDITIONS:
 
         def error_of(items: Sequence[Mapping[str, Any]], condition: str = condition) -> float | None:
-            return word_error([item["text"] for item in items], [item["heard"][condition] for item in items])
+            return word_error_rate([item["text"] for item in items], [item["heard"][condition] for item in items])
 
         errors[condition] = {"all": error_of(english)} | {
             group: error_of(own) for group in groups if (own := [i for i in english if group_of(i["speaker"]) == group])

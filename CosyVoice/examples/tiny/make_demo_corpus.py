@@ -9,7 +9,7 @@ occurs in train). The corpus is committed; this script is only needed to make it
 
 Every utterance has its own pitch, and every word its own rate and vowels, drawn from `--seed` (see `flite_speech.py`):
 as with people, and not as with flite, the text does not say how its words sound. The samples depend on the seed and
-flite's version only. Exit codes: 0 done, 1 error, 2 unknown flag.
+flite's version only. Exit codes: 0 done, 1 error, 2 wrong usage.
 """
 
 from __future__ import annotations

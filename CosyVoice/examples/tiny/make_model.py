@@ -223,7 +223,7 @@ def run(settings: Settings) -> int:
         the exit code: 0, or 2 for a size that there is not.
 
     Raises:
-        OSError, ValueError: the message is for the person at the keyboard; what stood in the folder's place still does.
+        OSError, ValueError: the message is for the person at the keyboard.
     """
     if settings.size not in _SIZES:
         print(f"error: --size is {settings.size!r}; expected one of {', '.join(_SIZES)}", file=sys.stderr)

@@ -503,9 +503,9 @@ def train(settings: Settings, device: torch.device) -> int:
         run.take_finished(settings.finished)
     else:
         run.resume()
-    settings.save(run.folder / "settings.json")
     train_set = []
     if run.epoch < settings.epochs or (settings.reader_epochs and not run.has_reader()):
+        settings.save(run.folder / "settings.json")
         train_set = load_examples(splits["train"], "log-mels, train")
     dev_set = load_examples(splits["dev"], "log-mels, dev")
     with StopRequest() as stop:
@@ -555,18 +555,16 @@ def train(settings: Settings, device: torch.device) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the constants above, as the command line changes them; return the exit code."""
     settings = parse_settings(__file__, globals(), argv)
-    try:
-        device = pick_device(settings.device)
-        if settings.finished is None and settings.open_epochs >= settings.epochs:
-            raise ValueError(
-                f"--open-epochs is {settings.open_epochs}: of {settings.epochs} epochs none would be left for the codes"
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if settings.finished is None and settings.open_epochs >= settings.epochs:
+        print(
+            f"error: --open-epochs is {settings.open_epochs}: of {settings.epochs} epochs none would be left for the "
+            "codes",
+            file=sys.stderr,
+        )
         return 2
     torch.set_num_threads(settings.num_threads)
     try:
-        return train(settings, device)
+        return train(settings, pick_device(settings.device))
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -48,12 +48,13 @@ from cosyvoice.utils.train_utils import load_model
 from taste.batch import Batch
 from taste.build import TasteSizes, build_together
 from taste.data import UtteranceDataset, open_dataset
+from taste.feature_set import FeaturePaths
 from taste.fitted_start import fit_new_parts
 from taste.fitted_taste import quiet_branch
 from taste.plots import plot_comparison
 from taste.pretrained_parts import PARTS_FILE, take_parts, write_parts
+from taste.run_files import RESULTS_FILE, SETTINGS_FILE, STEPS_FILE
 from taste.size_defaults import SMALL
-from taste.split_features import FeaturePaths
 from taste.subsample import spread_evenly
 from taste.train_state import Progress, StepRecord
 from taste.variants import VARIANTS as ALL_VARIANTS
@@ -161,11 +162,11 @@ def run(settings: Settings, stop_requested: Callable[[], bool]) -> bool:
     )
     print(f"{len(training.features)} utterances on {device} in {time.perf_counter() - started:.0f} s", flush=True)
     training.go_on(state_path)
-    settings.save(settings.out / "settings.json")
+    settings.save(settings.out / SETTINGS_FILE)
     finished = training.until_the_end(stop_requested)
     if finished:
         metrics = {"steps": training.step, "seconds": training.seconds, "dev": training.history[-1]["dev"]}
-        write_json(settings.out / "metrics.json", metrics)
+        write_json(settings.out / RESULTS_FILE, metrics)
     return finished
 
 
@@ -369,7 +370,7 @@ class JointTraining(LongTraining):
         self.optimizer.zero_grad(set_to_none=True)  # of the lessons
         self.codebooks_started = bool(settings.parts)
         self.history: list[dict[str, Any]] = []
-        self.record = StepRecord(settings.out / "metrics.jsonl")
+        self.record = StepRecord(settings.out / STEPS_FILE)
         self.learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.unlogged: list[Tensor] = []  # losses of the variants, commitment and norm of each step since the last line
         self.trained: list[str] = []  # the variants that these losses are of

@@ -1,4 +1,4 @@
-"""How many words a recogniser heard wrongly."""
+"""How many words a recogniser heard wrongly, of those that were said."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 from taste.text_normalisation import normalise
 
 
-def word_error(
+def word_error_rate(
     references: Sequence[str], heard: Sequence[str], languages: Sequence[str | None] | None = None
 ) -> float | None:
     """Count wrong words over a set of utterances.

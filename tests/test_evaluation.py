@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from taste.scoring import evaluate, feature_loader, precision_of
+from taste.evaluation import evaluate, feature_loader, precision_of
 from tests.small_stage3 import small_dataset, small_model
 
 LENGTHS = [(3, 9)] * 6

@@ -1,36 +1,17 @@
-"""How fast each weight learns at each step."""
+"""What learns of a model, sorted by how it learns."""
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from taste.model import CosyVoiceS3Model
 from taste.training_config import TrainingConfig
 from taste.variants import is_pretrained, lies_in
 
-ADAM_BETAS = (0.9, 0.98)
-LAST_LR_SHARE = 0.05  # of the peak, where the cosine ends
+if TYPE_CHECKING:
+    from taste.model import CosyVoiceS3Model
 
 
-def share_of_peak(step: int, total_steps: int, warmup_steps: int) -> float:
-    """The schedule of all learning rates: a straight warm-up, then a cosine down to a small share of the peak.
-
-    Args:
-        step: its number, from 0.
-        total_steps: steps of the whole run.
-        warmup_steps: steps until the peak.
-
-    Returns:
-        what the peak is multiplied with.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return LAST_LR_SHARE + (1 - LAST_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def parameter_groups(model: CosyVoiceS3Model, config: TrainingConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: "CosyVoiceS3Model", config: TrainingConfig) -> list[dict[str, Any]]:
     """Sort what learns by how it learns.
 
     What the model folder holds is to be changed with care, what is new (adapters too) has everything to learn: each has
