@@ -114,6 +114,7 @@ GENERATE_UTTERANCES = 15  # test utterances to generate freely; 0: none
 GENERATE_BATCH_SIZE = 8  # utterances generated together
 SAMPLING = "ras"  # greedy, top_k, ras (repetition-aware, as the model folder configures it)
 TOP_K = 10  # codes that top_k draws from; the paper: 10, and 25 for text_only
+TAU_R = None  # float: share of the last ten units at which ras strikes one out; none: the folder's, 0.4 for what hears
 MIN_UNITS_PER_TOKEN = 3.0  # the end is forbidden before so many units a text token
 MAX_UNITS_PER_TOKEN = 30.0  # and forced at so many
 DECODE_WAVS = 4  # generated utterances to decode to sound and to draw, beside the true units; 0: none

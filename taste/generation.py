@@ -1,13 +1,15 @@
 """Free-running generation: the model reads its own units, a whole batch at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.common import ras_sampling
 from taste.batch import Batch
 from taste.model import CosyVoiceS3Model
 from taste.unit_sequence import MAX_LM_POSITIONS
@@ -15,6 +17,9 @@ from taste.unit_sequence import MAX_LM_POSITIONS
 # B batch   P positions before the units   D channels of the LM   V S3 codes
 
 METHODS = ("greedy", "top_k", "ras")
+# Of the true units of speech, one in ten stands twice or more among the ten before it (`tau_r` 0.2), one in fifty four
+# times: a sampler that strikes out the former changes how long words last, which is what a variant that hears is told.
+HEARING_TAU_R = 0.4
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Sampling:
 
     method: str = "ras"  # greedy; top_k; ras: the sampler that the model folder's configuration names
     top_k: int = 10  # codes that top_k draws from
+    # of ras: a unit that fills this share of the last ones is struck out; None: as the folder's configuration says for
+    # text_only, HEARING_TAU_R for variants that hear
+    tau_r: float | None = None
     min_units_per_token: float = 3.0  # EOS is forbidden before
     max_units_per_token: float = 30.0
 
@@ -34,6 +42,8 @@ class Sampling:
             raise ValueError(f"SAMPLING is {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.top_k < 1:
             raise ValueError(f"TOP_K is {self.top_k}; expected 1 or more")
+        if self.tau_r is not None and not self.tau_r > 0:
+            raise ValueError(f"TAU_R is {self.tau_r}; expected a share above 0")
         least, most = self.min_units_per_token, self.max_units_per_token
         if not (0 <= least <= most and most >= 1):
             raise ValueError(
@@ -122,4 +132,16 @@ def _choose(model: CosyVoiceS3Model, log_probs: Tensor, so_far: Sequence[list[in
         best = log_probs.topk(min(sampling.top_k, log_probs.shape[-1]), dim=-1)
         drawn = best.values.softmax(dim=-1).multinomial(1)
         return best.indices.gather(1, drawn)[:, 0].tolist()
-    return [model.llm.sampling(row, units, sampling.top_k) for row, units in zip(log_probs, so_far, strict=True)]
+    sampler = _repetition_aware(model, sampling)
+    return [sampler(row, units, sampling.top_k) for row, units in zip(log_probs, so_far, strict=True)]
+
+
+def _repetition_aware(model: CosyVoiceS3Model, sampling: Sampling) -> Callable[[Tensor, list[int], int], int]:
+    """The folder's sampler; where it strikes out repetitions, those that `sampling` does not want."""
+    sampler = model.llm.sampling
+    tau_r = sampling.tau_r
+    if tau_r is None and model.variant != "text_only":
+        tau_r = HEARING_TAU_R
+    if tau_r is None or getattr(sampler, "func", sampler) is not ras_sampling:
+        return sampler
+    return partial(cast(Callable[..., int], sampler), tau_r=tau_r)

@@ -87,7 +87,7 @@ def sampling_of(settings: Settings) -> Sampling:
     """How units are chosen.
 
     Args:
-        settings: SAMPLING, TOP_K and the window of lengths.
+        settings: SAMPLING, TOP_K, TAU_R and the window of lengths.
 
     Returns:
         the sampling.
@@ -95,7 +95,13 @@ def sampling_of(settings: Settings) -> Sampling:
     Raises:
         ValueError: a value is out of its range.
     """
-    return Sampling(settings.sampling, settings.top_k, settings.min_units_per_token, settings.max_units_per_token)
+    return Sampling(
+        settings.sampling,
+        settings.top_k,
+        settings.tau_r,
+        settings.min_units_per_token,
+        settings.max_units_per_token,
+    )
 
 
 def _warn_of_misfits(dataset: UtteranceDataset, weights: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from taste.tokenizer import SpeechCodes, TasteTokenizer
 CODES_FOLDER, DECODED_FOLDER = "codes", "decoded"  # in the run's folder
 STOPPED = "stopped; what was written is whole"
 HOW_FILE = "made_with.json"  # in DECODED_FOLDER: how its sounds were made
-_HOW = ("sampling", "top_k", "min_units_per_token", "max_units_per_token", "seed")
+_HOW = ("sampling", "top_k", "tau_r", "min_units_per_token", "max_units_per_token", "seed")
 
 
 def open_tokenizer(settings: Settings, device: torch.device) -> TasteTokenizer:

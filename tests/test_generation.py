@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -109,6 +110,32 @@ def test_repetition_aware_sampling_leaves_a_loop():
     assert aware.count(11) < 0.5 * len(aware)
 
 
+def repetitions(variant: str, **options) -> int:
+    """How often a unit that is all but certain is drawn."""
+    model = small_model(variant)
+    lean_towards(model, 11, 8.0)
+    torch.manual_seed(0)
+    return sum(units.count(11) for units in generate(model, random_batch(LENGTHS), Sampling("ras", **options)).units)
+
+
+@pytest.mark.parametrize(("variant", "same_as"), [("text_only", 0.1), ("simple", 0.4), ("taste", 0.4)])
+def test_a_variant_that_hears_may_hold_a_unit_longer(variant, same_as):
+    assert repetitions(variant) == repetitions(variant, tau_r=same_as)
+    assert repetitions(variant, tau_r=0.1) < repetitions(variant, tau_r=0.4) < repetitions(variant, tau_r=0.8)
+
+
+def test_a_folders_sampler_without_repetitions_is_left_as_it_is():
+    model = small_model()
+    lean_towards(model, 11, 8.0)
+    model.llm.sampling = partial(drawn_by, 11)
+    made = generate(model, random_batch(LENGTHS), Sampling("ras", tau_r=0.1))
+    assert {unit for units in made.units for unit in units} == {11}
+
+
+def drawn_by(unit: int, log_probs: torch.Tensor, so_far: list[int], top_k: int) -> int:
+    return unit
+
+
 def test_the_positions_of_the_language_model_are_a_limit_too(monkeypatch):
     monkeypatch.setattr("taste.generation.MAX_LM_POSITIONS", 40)
     model = small_model()
@@ -122,6 +149,7 @@ def test_the_positions_of_the_language_model_are_a_limit_too(monkeypatch):
     [
         {"method": "beam"},
         {"top_k": 0},
+        {"tau_r": 0.0},
         {"min_units_per_token": 5, "max_units_per_token": 4},
         {"min_units_per_token": 0, "max_units_per_token": 0},
     ],
