@@ -7,6 +7,8 @@ DEMO_WAVS ?= 4           # test utterances decoded to sound, each variant
 PYTHON := $(strip $(PYTHON))
 VENV := $(strip $(VENV))
 RUN := $(VENV)/bin/python
+# several processes of one thread each; those of one file share what it prepares
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 .PHONY: help setup demo test test-fast lint format constraints check clean
 .DEFAULT_GOAL := help
@@ -37,10 +39,10 @@ demo: setup  ## run all four stages on the embedded model and corpus (about 3 mi
 	@echo "*_alignment.png (where each text token listens) and units.png. Listen to exp/demo/wavs/."
 
 test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
-	$(RUN) -m pytest
+	$(TEST)
 
 test-fast: $(VENV)/.installed-dev  ## run the tests but for the slowest and the tiny recipe's (minutes)
-	$(RUN) -m pytest -m "not slow" --ignore-glob='tests/test_tiny_*'
+	$(TEST) -m "not slow" --ignore-glob='tests/test_tiny_*'
 
 lint: $(VENV)/.installed-dev  ## check the code's rules, format and types
 	$(RUN) -m ruff check .
