@@ -17,8 +17,8 @@ from taste.unit_sequence import MAX_LM_POSITIONS
 # B batch   P positions before the units   D channels of the LM   V S3 codes
 
 METHODS = ("greedy", "top_k", "ras")
-# Of the true units of speech, one in ten stands twice or more among the ten before it (`tau_r` 0.2), one in fifty four
-# times: a sampler that strikes out the former changes how long words last, which is what a variant that hears is told.
+# Of true units (CosyVoice-tiny's, of its lively speech) one in ten stands twice or more among the ten before it, one in
+# fifty four times. To strike out the former (`tau_r` 0.2) changes how long words last, which who hears is told.
 HEARING_TAU_R = 0.4
 
 
@@ -31,11 +31,11 @@ class Sampling:
 
     method: str = "ras"  # greedy; top_k; ras: the sampler that the model folder's configuration names
     top_k: int = 10  # codes that top_k draws from
+    min_units_per_token: float = 3.0  # EOS is forbidden before
+    max_units_per_token: float = 30.0
     # of ras: a unit that fills this share of the last ones is struck out; None: as the folder's configuration says for
     # text_only, HEARING_TAU_R for variants that hear
     tau_r: float | None = None
-    min_units_per_token: float = 3.0  # EOS is forbidden before
-    max_units_per_token: float = 30.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -98,9 +98,9 @@ def sampling_of(settings: Settings) -> Sampling:
     return Sampling(
         settings.sampling,
         settings.top_k,
-        settings.tau_r,
         settings.min_units_per_token,
         settings.max_units_per_token,
+        settings.tau_r,
     )
 
 

@@ -239,10 +239,10 @@ class TasteTokenizer:
             codes: [W, L] integers, a row for each word of the text.
             text: what is to be said.
             speaker: speaker vector [192]; None where the model reads none.
-            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling. The authors' package, which
-                opens a released TASTE, draws from the 25 likeliest units, `Sampling("top_k", 25)`, 2 to 20 for each
-                position of the whole prefix (speaker and marks too); the scripts of their first stage draw from 10, 3
-                to 30 for each text token.
+            sampling: how units are chosen; None: CosyVoice's repetition-aware sampling (see `Sampling.tau_r`). The
+                authors' package, which opens a released TASTE, draws from the 25 likeliest units,
+                `Sampling("top_k", 25)`, 2 to 20 for each position of the whole prefix (speaker and marks too); the
+                scripts of their first stage draw from 10, 3 to 30 for each text token.
             seed: of the sampling and of the decoder's noise.
 
         Returns:
