@@ -38,7 +38,7 @@ demo: setup  ## run all four stages on the embedded model and corpus (about 3 mi
 	@echo "Look at loss_curve.png and, in exp/demo/figures/, at *_mel.png (recording, true units, predicted units),"
 	@echo "*_alignment.png (where each text token listens) and units.png. Listen to exp/demo/wavs/."
 
-test: $(VENV)/.installed-dev  ## run the tests (no network, no GPU)
+test: $(VENV)/.installed-dev  ## run the tests, several at a time (no network, no GPU)
 	$(TEST)
 
 test-fast: $(VENV)/.installed-dev  ## run the tests but for the slowest and the tiny recipe's (minutes)
