@@ -18,7 +18,7 @@ from taste.unit_sequence import MAX_LM_POSITIONS
 
 METHODS = ("greedy", "top_k", "ras")
 # Of true units (CosyVoice-tiny's, of its lively speech) one in ten stands twice or more among the ten before it, one in
-# fifty four times. To strike out the former (`tau_r` 0.2) changes how long words last, which who hears is told.
+# fifty four times. Striking out the former (`tau_r` 0.2) changes word durations, which a variant that hears is told.
 HEARING_TAU_R = 0.4
 
 

@@ -16,12 +16,24 @@ from taste.data import UtteranceDataset, open_dataset
 from taste.feature_set import FeaturePaths
 from taste.fitted_taste import start_quantizer
 from taste.model import CosyVoiceS3Model
+from taste.training_config import TrainingConfig
 
 GOLDEN_LLM = Path(__file__).parent / "golden" / "small_llm.pt"
 SIZES = ModelSizes(
     text_vocab=120, text_width=24, lm_width=32, speech_vocab=64, spk_width=192, sample_rate=22_050, token_rate=50
 )
 SPEECH_WIDTH = 20
+CONFIG = TrainingConfig(
+    num_epochs=2,
+    batch_size=2,
+    lr=1e-3,
+    new_modules_lr=1e-3,
+    warmup_steps=2,
+    weight_decay=0.01,
+    grad_clip=1.0,
+    accumulation_steps=1,
+    seed=0,
+)
 TASTE_SIZES = TasteSizes(
     aggregator_heads=4,
     audio_layers=1,

@@ -1,20 +1,11 @@
+from dataclasses import replace
+
 from taste.parameter_groups import parameter_groups
-from taste.training_config import TrainingConfig
-from tests.small_stage3 import small_model
+from tests.small_stage3 import CONFIG, small_model
 
 
 def test_pretrained_and_new_parts_have_learning_rates_of_their_own():
-    config = TrainingConfig(
-        num_epochs=2,
-        batch_size=2,
-        lr=1e-4,
-        new_modules_lr=1e-2,
-        warmup_steps=2,
-        weight_decay=0.01,
-        grad_clip=1.0,
-        accumulation_steps=1,
-        seed=0,
-    )
+    config = replace(CONFIG, lr=1e-4, new_modules_lr=1e-2)
     model = small_model()
     groups = parameter_groups(model, config)
     peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}

@@ -24,20 +24,8 @@ from taste.model import CosyVoiceS3Model
 from taste.scores import Totals
 from taste.train_state import Progress, StepRecord
 from taste.training import MOST_SKIPPED_STEPS, Trainer
-from taste.training_config import TrainingConfig
-from tests.small_stage3 import small_dataset, small_model
+from tests.small_stage3 import CONFIG, small_dataset, small_model
 
-CONFIG = TrainingConfig(
-    num_epochs=2,
-    batch_size=2,
-    lr=1e-3,
-    new_modules_lr=1e-3,
-    warmup_steps=2,
-    weight_decay=0.01,
-    grad_clip=1.0,
-    accumulation_steps=1,
-    seed=0,
-)
 LENGTHS = [(2 + number % 4, 5 + 3 * (number % 5)) for number in range(10)]  # 5 steps an epoch
 
 
